@@ -1,0 +1,300 @@
+"""The command line of every script: `run(main)` turns the keyword arguments of `main` into checked flags.
+
+    def main(*, ckpt_dir: str, lr: float = 1e-5, use_chat_template: bool = False):
+        '''One-line summary.
+
+        Args:
+            ckpt_dir: checkpoint folder
+            lr: peak learning rate
+        '''
+        import torch ...
+
+    if __name__ == "__main__":
+        run(main)
+
+The whole command line is checked against the signature before `main` is entered, so a misspelt flag costs a
+second, not a model load, and leaves nothing behind. Only the standard library is needed up to that point: import
+torch inside `main`. The call itself goes through fire, which gets our parsed values instead of guessing types
+(left alone, fire reads a folder named 2024 as a number and `a,b` as a tuple).
+
+Exit codes: 0 done, 1 `main` failed, 2 wrong command line.
+"""
+
+import difflib
+import errno
+import inspect
+import math
+import os
+import re
+import shutil
+import sys
+import textwrap
+import traceback
+import types
+import typing
+
+resolved: dict = {}  # the arguments of this run, defaults included; filled by run() before main is entered
+
+TRUE_WORDS, FALSE_WORDS = ("true", "1", "yes"), ("false", "0", "no")
+
+
+class UsageError(Exception):
+    """The command line does not fit `main`; `problems` holds one sentence per fault."""
+
+    def __init__(self, problems):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class HelpRequested(Exception):
+    pass
+
+
+def run(main):
+    """Parse sys.argv, call `main` and exit the process if anything is wrong; returns what `main` returns."""
+    try:
+        values = parse(main, sys.argv[1:])
+    except HelpRequested:
+        if _rank() == 0:
+            print(help_text(main))
+        sys.exit(0)
+    except UsageError as e:
+        if _rank() == 0:  # every rank sees the same command line: say it once
+            for problem in e.problems:
+                print(f"error: {problem}", file=sys.stderr)
+            print(f"Run `python {_script()} --help` for the flags.", file=sys.stderr)
+        sys.exit(2)
+    resolved.clear()
+    resolved.update(values)
+    try:
+        return _call_through_fire(main, values)
+    except SystemExit as e:
+        if e.code is not None and not isinstance(e.code, int):
+            print(e.code, file=sys.stderr)
+            _exit(1)
+        _exit(e.code or 0)
+    except BaseException as e:
+        if _is_user_error(e):
+            rank = f"[rank {_rank()}] " if _world_size() > 1 else ""
+            print(f"{rank}error: {str(e) or type(e).__name__}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        _exit(1)
+
+
+def _call_through_fire(main, values):
+    import fire  # only now: --help and usage errors must not depend on it
+
+    given = fire.decorators.SetParseFns(**{name: lambda _, v=value: v for name, value in values.items()})(main)
+    # The text after "=" is never looked at, the parse function above answers with the checked value.
+    return fire.Fire(given, command=[f"--{name}=checked" for name in values], serialize=lambda result: None)
+
+
+# -- the command line -------------------------------------------------------------------------------------------
+
+
+def parse(main, argv):
+    """The keyword arguments for `main`, defaults included. Raises UsageError or HelpRequested."""
+    parameters = _parameters(main)
+    values, problems = {}, []
+    words = list(argv)
+    if any(word in ("-h", "--help") for word in words):
+        raise HelpRequested
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            problems.append(f"{word!r} stands alone: every value needs its flag, as in --name value")
+            continue
+        flag, equals, text = word.partition("=")
+        name = flag[2:].replace("-", "_")
+        negated = _negated(name, parameters)
+        if not equals and not negated and words and not words[0].startswith("--"):
+            equals, text = True, words.pop(0)  # a value may be negative: only "--" starts a flag
+        if negated:
+            name = negated
+        if name not in parameters:
+            problems.append(f"unknown flag {flag}{_nearest(name, parameters)}")
+        elif name in values:
+            problems.append(f"--{name} is given more than once")
+        elif negated and equals:
+            values[name] = None
+            problems.append(f"{flag} takes no value: write {flag} or --{name} {text}")
+        elif negated:
+            values[name] = False
+        elif not equals and bool in _members(parameters[name].annotation):
+            values[name] = True
+        elif not equals:
+            values[name] = None
+            problems.append(f"--{name} needs a value ({type_name(parameters[name].annotation)})")
+        else:
+            try:
+                values[name] = convert(text, parameters[name].annotation)
+            except ValueError as e:
+                values[name] = None
+                problems.append(f"--{name} {e}")
+    missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in values]
+    if missing:
+        problems.append("missing " + ", ".join(f"--{name}" for name in missing))
+    if problems:
+        raise UsageError(problems)
+    return {p.name: values.get(p.name, p.default) for p in parameters.values()}
+
+
+def convert(text, annotation):
+    """One value from its text; ValueError completes the sentence "--flag ..."."""
+    members = _members(annotation)
+    if type(None) in members and text.lower() == "none":
+        return None
+    kind = members[0]
+    if kind is str:
+        return text
+    if typing.get_origin(kind) is list:
+        return [convert(item, typing.get_args(kind)[0]) for item in text.split(",")] if text else []
+    if kind is bool and text.lower() in TRUE_WORDS + FALSE_WORDS:
+        return text.lower() in TRUE_WORDS
+    if kind is int and re.fullmatch(r"[+-]?[0-9]+", text):
+        return int(text)
+    if kind is float and "_" not in text:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isnan(value):
+            return value
+    expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+    raise ValueError(f"expects {expected}, not {text!r}")
+
+
+def _parameters(main):
+    """Parameters by name, each with a type this module can read (a fault here is the script's, not the user's)."""
+    parameters = {}
+    for p in inspect.signature(main, eval_str=True).parameters.values():
+        assert p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD), f"main's {p} cannot be a flag"
+        if p.annotation is p.empty:
+            p = p.replace(annotation=str if p.default in (p.empty, None) else type(p.default))
+        members = [m for m in _members(p.annotation) if m is not type(None)]
+        kind = typing.get_args(members[0])[0] if typing.get_origin(members[0]) is list else members[0]
+        assert len(members) == 1 and kind in (str, int, float, bool), f"main's {p}: unsupported type"
+        parameters[p.name] = p
+    return parameters
+
+
+def _members(annotation):
+    """`X | None` as (X, NoneType), anything else as (X,); None is never first."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return tuple(sorted(typing.get_args(annotation), key=lambda member: member is type(None)))
+    return (annotation,)
+
+
+def type_name(annotation):
+    names = []
+    for member in _members(annotation):
+        if member is type(None):
+            names.append("none")
+        elif typing.get_origin(member) is list:
+            names.append(f"{typing.get_args(member)[0].__name__},...")
+        else:
+            names.append({bool: "true|false"}.get(member, member.__name__))
+    return "|".join(names)
+
+
+def _negated(name, parameters):
+    """The switch that --noname or --no-name turns off, or None."""
+    for prefix in ("no_", "no"):
+        rest = name.removeprefix(prefix)
+        if name not in parameters and rest != name and rest in parameters:
+            if bool in _members(parameters[rest].annotation):
+                return rest
+    return None
+
+
+def _nearest(name, parameters):
+    near = difflib.get_close_matches(name, parameters, n=1, cutoff=0.5)
+    return f": did you mean --{near[0]}?" if near else ""
+
+
+# -- help -------------------------------------------------------------------------------------------------------
+
+
+def help_text(main):
+    parameters = _parameters(main).values()
+    summary, descriptions = _read_docstring(main)
+    required = [p for p in parameters if p.default is p.empty]
+    optional = [p for p in parameters if p.default is not p.empty]
+    usage = "".join(f" --{p.name} {type_name(p.annotation).upper()}" for p in required)
+    lines = [f"usage: torchrun {_script()}{usage}" + (" [flags]" if optional else "")]
+    if summary:
+        lines += ["", summary]
+    rows = {p.name: (f"--{p.name}", type_name(p.annotation), _show_default(p)) for p in parameters}
+    widths = [max((len(row[i]) for row in rows.values()), default=0) for i in range(3)]
+    indent = 2 + sum(widths) + 6
+    columns = max(shutil.get_terminal_size((110, 24)).columns, indent + 30)
+    for title, group in (("required:", required), ("flags (with their defaults):", optional)):
+        if group:
+            lines += ["", title]
+        for p in group:
+            head = "  " + "".join(cell.ljust(width + 2) for cell, width in zip(rows[p.name], widths))
+            text = descriptions.get(p.name, "")
+            lines.append(textwrap.fill(text, columns, initial_indent=head, subsequent_indent=" " * indent) or head)
+    lines += ["", "Write --name value or --name=value; switches also as --name and --noname."]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _show_default(parameter):
+    if parameter.default is parameter.empty:
+        return ""
+    if parameter.default is None or isinstance(parameter.default, bool):
+        return str(parameter.default).lower()
+    if isinstance(parameter.default, (list, tuple)):
+        return ",".join(map(str, parameter.default)) or '""'
+    return str(parameter.default) if parameter.default != "" else '""'
+
+
+def _read_docstring(main):
+    """The text before "Args:", and a description for each argument named in it."""
+    summary, _, section = (inspect.getdoc(main) or "").partition("\nArgs:\n")
+    descriptions, name = {}, None
+    for line in section.splitlines():
+        if line and not line[0].isspace():
+            break  # the next section
+        entry = re.fullmatch(r"(\w+):\s*(.*)", line.strip())
+        indent = len(line) - len(line.lstrip())
+        if entry and (name is None or indent <= first_indent):
+            name, first_indent = entry[1], indent
+            descriptions[name] = entry[2]
+        elif name:
+            descriptions[name] = f"{descriptions[name]} {line.strip()}".strip()
+    return summary.strip(), descriptions
+
+
+def _script():
+    return os.path.basename(sys.argv[0])
+
+
+# -- failing ----------------------------------------------------------------------------------------------------
+
+
+def _is_user_error(e):
+    """What a user can cause and cure: these carry their own explanation, a traceback would only bury it."""
+    if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+        return True
+    return isinstance(e, (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError))
+
+
+def _exit(code):
+    """Leave the process. With a process group open, skip the interpreter's clean-up: the destructors of a rank
+    that fails alone would wait for peers which sit in a collective; gone, it lets torchrun end them."""
+    distributed = sys.modules.get("torch.distributed")
+    if code and distributed and distributed.is_available() and distributed.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _rank():
+    return int(os.environ.get("RANK", "0"))
+
+
+def _world_size():
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,71 @@
+"""ModelConfig: everything the decoder needs to know about a model. A family file fills it from config.json or params.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and switches of one decoder. Checks itself; unknown fields are refused by `from_dict`."""
+
+    family: str                           # row of models.FAMILIES
+    dim: int                              # hidden size
+    n_layers: int
+    n_heads: int                          # query heads
+    n_kv_heads: int                       # key/value heads; query head h reads kv head h * n_kv_heads // n_heads
+    head_dim: int                         # not always dim / n_heads
+    ffn_dim: int                          # width of one gate (or up) projection; per expert in a mixture of experts
+    vocab_size: int                       # rows of the embedding, padding rows included
+    max_seq_len: int = 2048               # longest sequence the model was trained for (prompt + response)
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None      # {"rope_type": "llama3", factor, low_freq_factor, high_freq_factor, original_max_position_embeddings} or {"rope_type": "linear", factor}
+    tie_embeddings: bool = False          # the head is the embedding; no output.weight on disk
+    qkv_bias: bool = False                # bias on wq, wk, wv (Qwen 1, 1.5, 2, 2.5)
+    qk_norm: bool = False                 # RMSNorm over head_dim on q and k before rotary (Qwen3)
+    sliding_window: int | None = None     # a query sees this many keys, itself included
+    embedding_cut: str = "vocab"          # how consolidated.NN.pth cuts tok_embeddings: "hidden" (LLaMA-1/2, Mistral) or "vocab"
+
+    def __post_init__(self):
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_seq_len"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"model config: {name} must be a positive whole number, not {value!r}")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"model config: n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"model config: head_dim={self.head_dim} is odd; rotary positions turn pairs of numbers")
+        if not self.norm_eps > 0 or not self.rope_theta > 0:
+            raise ValueError(f"model config: norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must be positive")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"model config: sliding_window={self.sliding_window} must be at least 1, or none")
+        if self.embedding_cut not in ("hidden", "vocab"):
+            raise ValueError(f"model config: embedding_cut={self.embedding_cut!r} is neither 'hidden' nor 'vocab'")
+        if self.rope_scaling is not None:
+            kind = self.rope_scaling.get("rope_type")
+            needed = {"llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+                      "linear": {"factor"}}.get(kind)
+            if needed is None:
+                raise ValueError(f"model config: rope_scaling type {kind!r} is not supported (known: llama3, linear)")
+            if missing := needed - self.rope_scaling.keys():
+                raise ValueError(f"model config: rope_scaling {kind!r} lacks {sorted(missing)}")
+
+    @property
+    def n_parameters(self) -> int:
+        """Weights of the full model, the head included once when tied."""
+        attention = self.dim * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
+        attention += self.head_dim * (self.n_heads + 2 * self.n_kv_heads) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
+        block = attention + 3 * self.dim * self.ffn_dim + 2 * self.dim
+        return self.n_layers * block + self.dim + self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "ModelConfig":
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := values.keys() - known:
+            raise ValueError(f"model config: unknown fields {sorted(unknown)}; this version knows {sorted(known)}")
+        return cls(**values)

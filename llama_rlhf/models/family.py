@@ -1,0 +1,122 @@
+"""What a family file fills in: how to read its config, and how its foreign tensor names map to the native ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from llama_rlhf.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a native tensor lies in a foreign file.
+
+    name: the foreign tensor.
+    rope: its rows are in Hugging Face's half-split rotary order and are re-ordered head by head on the way.
+    part, parts: the native tensor is the part-th of `parts` equal blocks of rows (fused projections).
+    """
+
+    name: str
+    rope: bool = False
+    part: int = 0
+    parts: int = 1
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of models.FAMILIES.
+
+    read_hf: config.json -> ModelConfig.  write_hf: the reverse, for export.
+    hf, gguf: native name -> Source, with {n} for the layer number.
+    hf_model_types: values of "model_type" in config.json that mean this family; gguf_architectures: likewise in GGUF.
+    """
+
+    name: str
+    read_hf: Callable[[dict], ModelConfig]
+    write_hf: Callable[[ModelConfig], dict]
+    hf: dict[str, Source]
+    hf_model_types: tuple[str, ...]
+    gguf: dict[str, Source] = field(default_factory=dict)
+    gguf_architectures: tuple[str, ...] = ()
+
+
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+
+
+def lookup(table: dict[str, Source], native: str) -> Source | None:
+    """The foreign source of a native tensor name."""
+    if match := _LAYER.fullmatch(native):
+        n, rest = match.groups()
+        source = table.get(f"layers.{{n}}.{rest}")
+        return source and Source(source.name.format(n=n), source.rope, source.part, source.parts)
+    return table.get(native)
+
+
+# Hugging Face's names of a LLaMA-shaped decoder; every family but BLOOM and the first Qwen starts from them.
+HF_NAMES = {
+    "tok_embeddings.weight": Source("model.embed_tokens.weight"),
+    "layers.{n}.attention_norm.weight": Source("model.layers.{n}.input_layernorm.weight"),
+    "layers.{n}.attention.wq.weight": Source("model.layers.{n}.self_attn.q_proj.weight", rope=True),
+    "layers.{n}.attention.wk.weight": Source("model.layers.{n}.self_attn.k_proj.weight", rope=True),
+    "layers.{n}.attention.wv.weight": Source("model.layers.{n}.self_attn.v_proj.weight"),
+    "layers.{n}.attention.wo.weight": Source("model.layers.{n}.self_attn.o_proj.weight"),
+    "layers.{n}.ffn_norm.weight": Source("model.layers.{n}.post_attention_layernorm.weight"),
+    "layers.{n}.feed_forward.w1.weight": Source("model.layers.{n}.mlp.gate_proj.weight"),
+    "layers.{n}.feed_forward.w3.weight": Source("model.layers.{n}.mlp.up_proj.weight"),
+    "layers.{n}.feed_forward.w2.weight": Source("model.layers.{n}.mlp.down_proj.weight"),
+    "norm.weight": Source("model.norm.weight"),
+    "output.weight": Source("lm_head.weight"),
+}
+
+# GGUF's names. For the architecture "llama" its exporter has already put q and k into interleaved order: no rope here.
+GGUF_NAMES = {
+    "tok_embeddings.weight": Source("token_embd.weight"),
+    "layers.{n}.attention_norm.weight": Source("blk.{n}.attn_norm.weight"),
+    "layers.{n}.attention.wq.weight": Source("blk.{n}.attn_q.weight"),
+    "layers.{n}.attention.wk.weight": Source("blk.{n}.attn_k.weight"),
+    "layers.{n}.attention.wv.weight": Source("blk.{n}.attn_v.weight"),
+    "layers.{n}.attention.wo.weight": Source("blk.{n}.attn_output.weight"),
+    "layers.{n}.ffn_norm.weight": Source("blk.{n}.ffn_norm.weight"),
+    "layers.{n}.feed_forward.w1.weight": Source("blk.{n}.ffn_gate.weight"),
+    "layers.{n}.feed_forward.w3.weight": Source("blk.{n}.ffn_up.weight"),
+    "layers.{n}.feed_forward.w2.weight": Source("blk.{n}.ffn_down.weight"),
+    "norm.weight": Source("output_norm.weight"),
+    "output.weight": Source("output.weight"),
+}
+
+
+def hf_rope(c: dict, default_theta: float = 10000.0) -> tuple[float, dict | None]:
+    """rope theta and scaling from config.json, in both spellings: rope_theta + rope_scaling, or transformers 5's rope_parameters."""
+    parameters = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
+    theta = float(parameters.pop("rope_theta", None) or c.get("rope_theta") or default_theta)
+    kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
+    parameters.pop("type", None)
+    return theta, None if kind == "default" else {"rope_type": kind, **parameters}
+
+
+def hf_llama_shape(family: str, c: dict, **switches) -> ModelConfig:
+    """The fields every LLaMA-shaped config.json spells alike."""
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    if missing := [key for key in needed if key not in c]:
+        raise ValueError(f"config.json lacks {missing}; found {sorted(c)[:12]}")
+    theta, scaling = hf_rope(c)
+    heads = c["num_attention_heads"]
+    values = dict(
+        family=family, dim=c["hidden_size"], n_layers=c["num_hidden_layers"], n_heads=heads,
+        n_kv_heads=c.get("num_key_value_heads") or heads, head_dim=c.get("head_dim") or c["hidden_size"] // heads,
+        ffn_dim=c["intermediate_size"], vocab_size=c["vocab_size"], norm_eps=c.get("rms_norm_eps", 1e-6),
+        max_seq_len=c.get("max_position_embeddings") or c.get("max_sequence_length") or 2048,
+        rope_theta=theta, rope_scaling=scaling, tie_embeddings=bool(c.get("tie_word_embeddings", False)))
+    return ModelConfig(**{**values, **switches})
+
+
+def write_hf_llama_shape(config: ModelConfig, architecture: str, model_type: str, **more) -> dict:
+    """config.json of a LLaMA-shaped model, in the spelling both old and new transformers read."""
+    return {"architectures": [architecture], "model_type": model_type, "hidden_size": config.dim,
+            "num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads,
+            "num_key_value_heads": config.n_kv_heads, "head_dim": config.head_dim, "intermediate_size": config.ffn_dim,
+            "vocab_size": config.vocab_size, "rms_norm_eps": config.norm_eps, "max_position_embeddings": config.max_seq_len,
+            "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling, "hidden_act": "silu",
+            "tie_word_embeddings": config.tie_embeddings, **more}

@@ -1,0 +1,34 @@
+"""Mistral 7B v0.1, v0.2, v0.3.
+
+LLaMA with grouped kv heads and, in v0.1 only, a sliding window: a query sees 4096 keys, itself included.
+rope theta 1e4 in v0.1, 1e6 later. A window that is absent from config.json means 4096 there, null means none.
+Native files: one unsharded consolidated.00.pth (or .safetensors), Meta's names, params.json with hidden_dim.
+Our shards cut the embedding on hidden, as LLaMA-2's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from llama_rlhf.config import ModelConfig
+from llama_rlhf.models.family import GGUF_NAMES, HF_NAMES, Family, hf_llama_shape, write_hf_llama_shape
+from llama_rlhf.models.llama import read_params as read_llama_params
+
+
+def read_hf(c: dict) -> ModelConfig:
+    return hf_llama_shape("mistral", c, embedding_cut="hidden", sliding_window=c.get("sliding_window", 4096))
+
+
+def write_hf(config: ModelConfig) -> dict:
+    return write_hf_llama_shape(config, "MistralForCausalLM", "mistral", sliding_window=config.sliding_window)
+
+
+def read_params(p: dict, vocab_size: int) -> ModelConfig:
+    """Mistral's params.json. Without rope_theta: 1e4 when there is a window (v0.1), else 1e6."""
+    window = p.get("sliding_window")
+    theta = float(p.get("rope_theta") or (1e4 if window else 1e6))
+    config = read_llama_params({**p, "rope_theta": theta}, vocab_size)
+    return replace(config, family="mistral", sliding_window=window, max_seq_len=32768, embedding_cut="hidden")
+
+
+FAMILY = Family("mistral", read_hf, write_hf, HF_NAMES, ("mistral",), GGUF_NAMES)

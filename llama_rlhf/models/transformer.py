@@ -1,0 +1,265 @@
+"""The decoder, told once: embedding -> blocks (attention, feed-forward) -> norm -> hidden states. Heads are added below it.
+
+Tokens of all rows travel as one packed axis T without padding; only attention and rotary positions know the rows
+(`Rows`). A row is one sequence. Native (Meta's) weight names and interleaved rotary order, in memory and on disk.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import nn
+
+from llama_rlhf.config import ModelConfig
+from llama_rlhf.models.kv_cache import KVCache
+from llama_rlhf.parallel import groups
+from llama_rlhf.parallel.layers import ColumnParallelLinear, Lora, RowParallelLinear, VocabParallelEmbedding
+from llama_rlhf.parallel.partition import Partition
+
+
+@dataclass
+class Rows:
+    """How the packed token axis divides into rows.
+
+    lengths: tokens of each row, in order (python ints: slicing must not wait for a device).
+    positions: [T] position of each token in its own row.
+    """
+
+    lengths: list[int]
+    positions: torch.Tensor
+
+    @classmethod
+    def packed(cls, lengths: list[int], device=None) -> "Rows":
+        positions = torch.cat([torch.arange(n) for n in lengths]) if lengths else torch.zeros(0, dtype=torch.long)
+        return cls(list(lengths), positions.to(device or groups.device()))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean of squares in fp32 (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype, partial: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"))
+        self.eps = eps
+        self.partial = ("weight",) if partial else ()    # used on this rank's heads only: its gradient is a part
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def rotary_frequencies(config: ModelConfig, device=None) -> torch.Tensor:
+    """[head_dim/2] fp32 angles per position, with the config's scaling (Su et al. 2021, arXiv:2104.09864)."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    frequency = config.rope_theta ** -exponent
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    if scaling["rope_type"] == "linear":
+        return frequency / scaling["factor"]
+    # llama3: long wavelengths are stretched, short ones kept, those between blended
+    wavelength = 2 * math.pi / frequency
+    original, low, high = (scaling[k] for k in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"))
+    blend = ((original / wavelength - low) / (high - low)).clamp(0, 1)
+    return (1 - blend) * frequency / scaling["factor"] + blend * frequency
+
+
+def rotary_table(positions: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype):
+    """positions [T] -> cos, sin [T, 1, head_dim] for interleaved pairs; the sign of the rotation is in sin. fp32, then dtype."""
+    angle = positions.to(torch.float32)[:, None] * frequencies
+    cos = angle.cos().repeat_interleave(2, -1)
+    sin = torch.stack([-angle.sin(), angle.sin()], -1).flatten(-2)
+    return cos[:, None].to(dtype), sin[:, None].to(dtype)
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (0,1), (2,3), ... of each head. x: [T, H, D]."""
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, swapped, sin)
+
+
+def packed_attention(q, k, v, lengths: list[int], kv_of_query: torch.Tensor | None, window: int | None) -> torch.Tensor:
+    """Causal attention inside each row. q: [T, H, D]; k, v: [T, Hkv, D] -> [T, H, D]. No padding, no mask tensor.
+
+    kv_of_query: [H] index of each query's kv head when the grouping is not uniform on this rank, else None.
+    """
+    if kv_of_query is not None:
+        k, v = k[:, kv_of_query], v[:, kv_of_query]
+    q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)     # [H, T, D]
+    grouped = q.shape[0] != k.shape[0]
+    if len(lengths) > 1 and q.is_cuda:
+        return _padded_attention(q, k, v, lengths, grouped, window)
+    out, start = [], 0
+    for n in lengths:
+        qi, ki, vi = (x[None, :, start:start + n] for x in (q, k, v))
+        if window is None or n <= window:
+            out.append(F.scaled_dot_product_attention(qi, ki, vi, is_causal=True, enable_gqa=grouped))
+        else:
+            out.append(F.scaled_dot_product_attention(qi, ki, vi, attn_mask=_window_mask(n, window, q.device),
+                                                      enable_gqa=grouped))
+        start += n
+    return (torch.cat(out, 2) if len(out) > 1 else out[0])[0].transpose(0, 1)
+
+
+def _padded_attention(q, k, v, lengths, grouped, window):
+    """The same on a [rows, longest] grid: one kernel launch instead of one per row. Right padding needs no mask:
+    causality already hides later tokens, and the padded queries are dropped."""
+    longest = max(lengths)
+    index = torch.cat([torch.arange(n) + i * longest for i, n in enumerate(lengths)]).to(q.device)
+
+    def grid(x):                                                            # [H, T, D] -> [rows, H, longest, D]
+        full = x.new_zeros(x.shape[0], len(lengths) * longest, x.shape[-1]).index_copy(1, index, x)
+        return full.unflatten(1, (len(lengths), longest)).transpose(0, 1)
+
+    mask = None if window is None or longest <= window else _window_mask(longest, window, q.device)
+    out = F.scaled_dot_product_attention(grid(q), grid(k), grid(v), attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    return out.transpose(0, 1).flatten(1, 2)[:, index].transpose(0, 1)
+
+
+def _window_mask(n: int, window: int, device) -> torch.Tensor:
+    """[n, n] True where query i sees key j: j <= i and i - j < window (window keys, itself included)."""
+    distance = torch.arange(n, device=device)[:, None] - torch.arange(n, device=device)
+    return (distance >= 0) & (distance < window)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, partition: Partition, lora: Lora | None, dtype: torch.dtype):
+        super().__init__()
+        d, rank = config.head_dim, groups.tp_rank()
+        self.wqkv = ColumnParallelLinear(
+            config.dim, [("wq", "q", config.n_heads * d), ("wk", "kv", config.n_kv_heads * d), ("wv", "kv", config.n_kv_heads * d)],
+            partition, bias=config.qkv_bias, lora=lora, dtype=dtype)
+        self.wo = RowParallelLinear("wo", "q", config.dim, partition, lora=lora, dtype=dtype)
+        self.q_norm = RMSNorm(d, config.norm_eps, dtype, partial=True) if config.qk_norm else None
+        self.k_norm = RMSNorm(d, config.norm_eps, dtype, partial=True) if config.qk_norm else None
+        self.head_dim, self.window = d, config.sliding_window
+        self.n_heads = partition.heads[rank][1] - partition.heads[rank][0]
+        self.n_kv_heads = partition.kv_heads[rank][1] - partition.kv_heads[rank][0]
+        mapping = partition.kv_of_query(rank)
+        uniform = self.n_heads % self.n_kv_heads == 0 and \
+            mapping == [h // (self.n_heads // self.n_kv_heads) for h in range(self.n_heads)]
+        self.kv_of_query = None if uniform else mapping
+        self.n_cache_heads = self.n_kv_heads if uniform else self.n_heads
+
+    def forward(self, x: torch.Tensor, rows: Rows, cos, sin, cache: KVCache | None, layer: int) -> torch.Tensor:
+        """x: [T, dim] -> [T, dim]. With a cache: `rows` either starts at position 0 (prefill) or is one token each (decode)."""
+        qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))               # [T, H + 2 Hkv, D]
+        if self.q_norm is not None:
+            q, k, v = qkv.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], 1)
+            q, k = apply_rotary(self.q_norm(q), cos, sin), apply_rotary(self.k_norm(k), cos, sin)
+        else:
+            qk, v = qkv.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], 1)
+            q, k = apply_rotary(qk, cos, sin).split([self.n_heads, self.n_kv_heads], 1)
+        mapping = None if self.kv_of_query is None else torch.tensor(self.kv_of_query, device=x.device)
+        if cache is None:
+            out = packed_attention(q, k, v, rows.lengths, mapping, self.window)
+        else:
+            if mapping is not None:         # uneven heads: the cache keeps one kv head per query head, copied once, here
+                k, v, mapping = k[:, mapping], v[:, mapping], None
+            if cache.decoding:
+                out = cache.attend(layer, q, k, v)
+            else:
+                cache.write(layer, k, v)
+                out = packed_attention(q, k, v, rows.lengths, mapping, self.window)
+        return self.wo(out.flatten(1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x) (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig, partition: Partition, lora: Lora | None, dtype: torch.dtype):
+        super().__init__()
+        self.w13 = ColumnParallelLinear(config.dim, [("w1", "ffn", config.ffn_dim), ("w3", "ffn", config.ffn_dim)],
+                                        partition, lora=lora, dtype=dtype)
+        self.w2 = RowParallelLinear("w2", "ffn", config.dim, partition, lora=lora, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.w13(x).chunk(2, -1)
+        return self.w2(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, partition: Partition, lora: Lora | None, dtype: torch.dtype):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps, dtype)
+        self.attention = Attention(config, partition, lora, dtype)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps, dtype)
+        self.feed_forward = FeedForward(config, partition, lora, dtype)
+
+    def forward(self, x, rows, cos, sin, cache, layer):
+        x = x + self.attention(self.attention_norm(x), rows, cos, sin, cache, layer)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """Token ids [T] -> hidden states [T, dim] after the final norm. Built empty (meta); see checkpoint.shards.load_into."""
+
+    def __init__(self, config: ModelConfig, *, lora: Lora | None = None, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config, self.lora, self.dtype = config, lora, dtype
+        self.partition = Partition(config, groups.tp_size())
+        self.tok_embeddings = VocabParallelEmbedding("tok_embeddings", config.vocab_size, config.dim, self.partition, dtype=dtype)
+        self.layers = nn.ModuleList(Block(config, self.partition, lora, dtype) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps, dtype)
+        self.checkpoint_blocks = False      # recompute each block in backward: less memory, a third more time
+        self._frequencies: torch.Tensor | None = None
+
+    def forward(self, tokens: torch.Tensor, rows: Rows, cache: KVCache | None = None) -> torch.Tensor:
+        """tokens: [T] ids of all rows, packed; rows: where each begins; cache: see kv_cache.KVCache."""
+        if self._frequencies is None or self._frequencies.device != tokens.device:
+            self._frequencies = rotary_frequencies(self.config, tokens.device)      # never cast with the model: precision
+        cos, sin = rotary_table(rows.positions, self._frequencies, self.dtype)
+        x = self.tok_embeddings(tokens)
+        for i, block in enumerate(self.layers):
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(block, x, rows, cos, sin, None, i, use_reentrant=False,
+                                                      preserve_rng_state=False)
+            else:
+                x = block(x, rows, cos, sin, cache, i)
+        return self.norm(x)
+
+    @property
+    def n_cache_heads(self) -> int:
+        return self.layers[0].attention.n_cache_heads
+
+    @property
+    def vocab_start(self) -> int:
+        return self.tok_embeddings.start
+
+
+class CausalLM(Transformer):
+    """The decoder with its language-model head: this rank's rows of the vocabulary (the embedding itself when tied)."""
+
+    def __init__(self, config: ModelConfig, *, lora: Lora | None = None, dtype: torch.dtype = torch.float32):
+        super().__init__(config, lora=lora, dtype=dtype)
+        self.output = None if config.tie_embeddings else ColumnParallelLinear(
+            config.dim, [("output", "vocab", config.vocab_size)], self.partition, dtype=dtype)
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """[this rank's vocabulary rows, dim]"""
+        return self.tok_embeddings.weight if self.output is None else self.output.weight
+
+
+class ValueModel(Transformer):
+    """The decoder with a scalar head, in fp32: reward model, critic, verifier. Replicated, its gradient is complete."""
+
+    def __init__(self, config: ModelConfig, *, lora: Lora | None = None, dtype: torch.dtype = torch.float32):
+        super().__init__(config, lora=lora, dtype=dtype)
+        self.value_head = ScalarHead(config.dim)
+
+    def values(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [.., dim] -> [..] fp32"""
+        return self.value_head(hidden)
+
+
+class ScalarHead(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, dim, dtype=torch.float32, device="meta"))
+        self.bias = nn.Parameter(torch.empty(1, dtype=torch.float32, device="meta"))
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden.float(), self.weight, self.bias)[..., 0]

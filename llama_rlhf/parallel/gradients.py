@@ -1,0 +1,102 @@
+"""What gradients need after backward, before the optimizer: sums of partial gradients, and the one true norm."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from llama_rlhf.parallel import groups
+from llama_rlhf.parallel.layers import piece_of, walk
+from llama_rlhf.parallel.regions import all_reduce_
+
+_FLUSH_BYTES = 64 << 20      # partial gradients travel in buffers of about this size
+
+
+def sync_partial_gradients(model, grad_of=lambda parameter: parameter.grad) -> None:
+    """Add up, over tensor-parallel ranks, the gradients that each rank knows only in part.
+
+    These are the replicated halves of LoRA, per-head norms (every rank sees its own heads), and kv heads that live on
+    several ranks because there are more ranks than kv heads or heads do not divide. Same order on all ranks, few collectives.
+    grad_of: parameter -> its gradient tensor (fp32 accumulators live outside `.grad`); None entries are skipped.
+    """
+    _sum_pieces(model, grad_of, owned_only=False)
+
+
+def copy_shared_from_owners(model, value_of) -> None:
+    """Give every holder of a shared kv head the owner's values, bit for bit.
+
+    The holders apply equal updates to equal values, but the rounding of a vectorised optimizer depends on where in memory a
+    row lies, and the copies would drift apart by a unit in the last place per step.
+    """
+    if model.partition.kv_shared:
+        _sum_pieces(model, value_of, owned_only=True)
+
+
+def _sum_pieces(model, tensor_of, owned_only: bool) -> None:
+    if groups.tp_size() == 1:
+        return
+    pending: list[tuple[torch.Tensor, torch.Tensor]] = []       # (view of the tensor, its place in the sum)
+    buffers: list[torch.Tensor] = []
+
+    def flush():
+        if buffers:
+            flat = torch.cat([buffer.flatten() for buffer in buffers])
+            all_reduce_(flat)
+            for buffer, summed in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
+                buffer.copy_(summed.view_as(buffer))
+            for view, place in pending:
+                view.copy_(place)
+        pending.clear()
+        buffers.clear()
+
+    for _, _, _, parameter, pieces in walk(model):
+        if not parameter.requires_grad or (tensor := tensor_of(parameter)) is None:
+            continue
+        for _, piece in pieces:
+            view = piece_of(tensor, piece)
+            if piece.shared:
+                buffer = torch.zeros(piece.shape, dtype=torch.float32, device=tensor.device)
+                place = buffer[piece.held[0]:piece.held[1]]
+                start, stop = piece.owned if owned_only else piece.held
+                buffer[start:stop] = view[start - piece.held[0]:stop - piece.held[0]]
+            elif piece.partial and not owned_only:
+                place = buffer = view.float()
+            else:
+                continue
+            pending.append((view, place))
+            buffers.append(buffer)
+            if sum(b.numel() * 4 for b in buffers) > _FLUSH_BYTES:
+                flush()
+    flush()
+
+
+def gradient_norm(model, grad_of=lambda parameter: parameter.grad) -> torch.Tensor:
+    """Global L2 norm (fp32 scalar, the same bits on all ranks): sharded parts summed over ranks, replicated ones once."""
+    total = torch.zeros((), dtype=torch.float32, device=groups.device())
+    views = []
+    for _, _, _, parameter, pieces in walk(model):
+        if not parameter.requires_grad or (grad := grad_of(parameter)) is None:
+            continue
+        if all(piece.dim is not None and piece.held == piece.owned for _, piece in pieces):
+            views.append(grad)
+        else:
+            views += [piece_of(grad, piece, owned=True) for _, piece in pieces
+                      if piece.dim is not None or groups.tp_rank() == 0]
+    if views := [view for view in views if view.numel()]:
+        total = torch.stack(torch._foreach_norm(views, dtype=torch.float32)).square().sum()
+    return all_reduce_(total).sqrt()
+
+
+def sum_over_replicas(tensors: list[torch.Tensor]) -> None:
+    """Sum gradients over data-parallel replicas, in place, in buffers. (The loss is already divided by the global count.)"""
+    if groups.dp_size() == 1:
+        return
+    batch: list[torch.Tensor] = []
+    for i, tensor in enumerate(tensors):
+        batch.append(tensor)
+        if i + 1 == len(tensors) or sum(t.numel() for t in batch) * 4 > _FLUSH_BYTES:
+            flat = torch.cat([t.flatten() for t in batch])
+            dist.all_reduce(flat, group=groups.dp_group())
+            for t, summed in zip(batch, flat.split([t.numel() for t in batch])):
+                t.copy_(summed.view_as(t))
+            batch.clear()

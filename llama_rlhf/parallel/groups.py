@@ -1,0 +1,180 @@
+"""Process groups, device, threads, seeds: the one place that knows how many processes there are and what they run on.
+
+FairScale arranges the ranks as [data, tensor]: the ranks of one tensor-parallel group are adjacent (on one node, so that
+their all-reduces stay on the fastest links); data-parallel replicas are strided. Started without torchrun, the world is one
+process. CPU uses gloo, CUDA uses nccl; nothing outside this package asks which.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import io
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as fairscale_groups
+
+_state: dict = {}
+
+
+def initialize(model_parallel_size: int = -1, *, timeout_seconds: float = 600.0, device: str = "auto") -> None:
+    """Start the process groups. Call once, first.
+
+    model_parallel_size: tensor-parallel ranks of one replica; -1 takes all ranks. The rest is data parallel.
+    timeout_seconds: how long a collective may wait before the run ends with an error. Reaches every sub-group.
+    device: "auto" (CUDA when there is one), "cpu" or "cuda".
+    Raises ValueError when the world does not divide or CUDA is asked for and absent.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device={device!r}: use auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch sees no CUDA device. Use --device cpu, or install a CUDA build of torch.")
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if use_cuda and local_world > torch.cuda.device_count():
+        raise ValueError(f"{local_world} processes on this node but {torch.cuda.device_count()} CUDA devices: "
+                         f"run with --nproc_per_node {torch.cuda.device_count()}, or with --device cpu")
+    if use_cuda:
+        torch.cuda.set_device(local_rank)
+        _state["device"] = torch.device("cuda", local_rank)
+    else:
+        _state["device"] = torch.device("cpu")
+        # torchrun sets OMP_NUM_THREADS=1 when it is unset, which wastes every core but one per process
+        if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    size = world if model_parallel_size == -1 else model_parallel_size
+    if size < 1 or world % size:
+        raise ValueError(f"--model_parallel_size {model_parallel_size} does not divide the {world} processes that were "
+                         f"started. Use a divisor of {world}, or -1 for all.")
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    backend = "nccl" if use_cuda else "gloo"
+    if not dist.is_initialized():
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    # FairScale's released version takes no timeout, so its sub-groups would wait the library's default (10 or 30 minutes)
+    new_group = dist.new_group
+    dist.new_group = lambda *args, **kwargs: new_group(*args, **{"timeout": timeout, **kwargs})
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):     # it prints three lines on rank 0
+            fairscale_groups.initialize_model_parallel(size)
+    finally:
+        dist.new_group = new_group
+    _state["tp"] = fairscale_groups.get_model_parallel_group()
+    _state["dp"] = fairscale_groups.get_data_parallel_group()
+
+
+def shutdown() -> None:
+    """Leave the groups; a later `initialize` may start others."""
+    if dist.is_initialized():
+        fairscale_groups.destroy_model_parallel()
+        dist.destroy_process_group()
+    _state.clear()
+
+
+def device() -> torch.device:
+    return _state["device"]
+
+
+def tp_group():
+    return _state["tp"]
+
+
+def dp_group():
+    return _state["dp"]
+
+
+def tp_size() -> int:
+    return dist.get_world_size(_state["tp"])
+
+
+def tp_rank() -> int:
+    return dist.get_rank(_state["tp"])
+
+
+def dp_size() -> int:
+    return dist.get_world_size(_state["dp"])
+
+
+def dp_rank() -> int:
+    return dist.get_rank(_state["dp"])
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def log(*words, **kwargs) -> None:
+    """Print on rank 0. Errors are raised, on every rank, never logged."""
+    if is_main():
+        print(*words, **kwargs)
+        sys.stdout.flush()
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def broadcast_object(value):
+    """Rank 0's picklable value, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value) -> list:
+    """Every rank's picklable value, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    box = [None] * world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+@contextlib.contextmanager
+def together(doing: str):
+    """A step that may fail on some ranks only (reading files, checking data): if one fails, all raise, none waits.
+
+    Every rank must enter it; no collective inside. The error raised elsewhere names the rank it came from.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:             # noqa: BLE001  re-raised below, on every rank
+        error = caught
+    failures = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for failed_rank, message in enumerate(failures):
+        if message is not None:
+            raise ValueError(f"rank {failed_rank} failed while {doing}: {message}")
+
+
+def default_dtype(name: str) -> torch.dtype:
+    """The dtype for --dtype auto|fp32|bf16|fp16. auto: bf16 where the hardware multiplies it, else fp32."""
+    table = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name in table:
+        if name == "fp16" and device().type == "cpu":
+            raise ValueError("--dtype fp16 on a CPU is hundreds of times slower than bf16 or fp32: use one of those")
+        return table[name]
+    if name != "auto":
+        raise ValueError(f"--dtype {name!r}: use auto, fp32, bf16 or fp16")
+    if device().type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32

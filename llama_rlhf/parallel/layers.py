@@ -1,0 +1,178 @@
+"""Column- and row-parallel linear layers and the vocabulary-parallel embedding, with LoRA inside.
+
+Fused in memory, separate on disk: one rank's q, k and v rows (gate and up rows) stand in one matrix, so a block enters the
+parallel region twice and leaves it twice: two all-reduces forward, two backward. Each module's `layout` says, for every
+parameter, which native (on-disk) tensors it holds and where; loading, saving, gradient sums and norms read nothing else.
+
+All layers are built on the meta device and hold only this rank's part: no full weight is ever allocated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llama_rlhf.parallel import groups
+from llama_rlhf.parallel.partition import Partition, Range
+from llama_rlhf.parallel.regions import copy_to_tp, reduce_from_tp
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One native tensor inside a parameter of this rank.
+
+    name: native name relative to the module's parent ("wq.weight").
+    rows: where it lies in dimension 0 of the parameter.
+    shape: of the full tensor.  dim: the dimension that is cut, None when every rank holds all of it.
+    held, owned: this rank's range of `dim` in memory, and the part of it that this rank saves and counts.
+    kind: the unit of the cut (see Partition), None when replicated.
+    partial: replicated, but each rank's gradient is only its own part: sum it over ranks before use.
+    shared: cut, but some of its rows live on several ranks (kv heads): their gradients must be summed over the holders.
+    """
+
+    name: str
+    rows: Range
+    shape: tuple[int, ...]
+    dim: int | None = None
+    held: Range = (0, 0)
+    owned: Range = (0, 0)
+    kind: str | None = None
+    partial: bool = False
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): y += alpha/rank * B(Ax). B starts at zero."""
+
+    rank: int
+    alpha: float
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+def replicated(name: str, shape: tuple[int, ...], rows: Range | None = None, partial: bool = False) -> Piece:
+    return Piece(name, rows or (0, shape[0]), tuple(shape), partial=partial)
+
+
+class ColumnParallelLinear(nn.Module):
+    """[.., in] replicated -> [.., sum of this rank's rows]. Several projections of the same input, cut on the output.
+
+    parts: (native name, kind of cut, full output size) for each projection; biases and adapters are cut alike.
+    """
+
+    def __init__(self, in_features: int, parts: list[tuple[str, str, int]], partition: Partition, *, bias: bool = False,
+                 lora: Lora | None = None, dtype: torch.dtype):
+        super().__init__()
+        r = groups.tp_rank()
+        self.layout: dict[str, tuple[Piece, ...]] = {}
+        self.sizes = [partition.held[kind][r][1] - partition.held[kind][r][0] for _, kind, _ in parts]
+        offsets = [sum(self.sizes[:i]) for i in range(len(parts) + 1)]
+
+        def pieces(suffix: str, tail: tuple[int, ...]) -> tuple[Piece, ...]:
+            return tuple(Piece(f"{name}.{suffix}", (offsets[i], offsets[i + 1]), (full, *tail), 0,
+                               partition.held[kind][r], partition.owned[kind][r], kind,
+                               shared=kind == "kv" and partition.kv_shared)
+                         for i, (name, kind, full) in enumerate(parts))
+
+        out = offsets[-1]
+        self.weight = nn.Parameter(torch.empty(out, in_features, dtype=dtype, device="meta"))
+        self.layout["weight"] = pieces("weight", (in_features,))
+        self.bias = self.lora_a = self.lora_b = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out, dtype=dtype, device="meta"))
+            self.layout["bias"] = pieces("bias", ())
+        self.lora = lora
+        if lora:
+            # the A matrices of all parts are stacked: one matrix product reads x once for all of them.
+            # A is replicated, but only this rank's rows of B send gradient into it: partial
+            self.lora_a = nn.Parameter(torch.empty(lora.rank * len(parts), in_features, dtype=torch.float32, device="meta"))
+            self.lora_b = nn.Parameter(torch.empty(out, lora.rank, dtype=torch.float32, device="meta"))
+            self.layout["lora_a"] = tuple(
+                replicated(f"{name}.lora_a", (lora.rank, in_features), (i * lora.rank, (i + 1) * lora.rank), partial=True)
+                for i, (name, _, _) in enumerate(parts))
+            self.layout["lora_b"] = pieces("lora_b", (lora.rank,))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = copy_to_tp(x)
+        y = F.linear(x, self.weight, self.bias)
+        if self.lora_a is None:
+            return y
+        u = F.linear(x, self.lora_a.to(x.dtype)).split(self.lora.rank, -1)
+        b = (self.lora_b * self.lora.scale).to(x.dtype).split(self.sizes)
+        return y + torch.cat([F.linear(ui, bi) for ui, bi in zip(u, b)], -1)
+
+
+class RowParallelLinear(nn.Module):
+    """[.., this rank's part of the input] -> [.., out] replicated: cut on the input, one all-reduce, adapter included."""
+
+    def __init__(self, name: str, kind: str, out_features: int, partition: Partition, *, lora: Lora | None = None,
+                 dtype: torch.dtype):
+        super().__init__()
+        r = groups.tp_rank()
+        held, owned, full = partition.held[kind][r], partition.owned[kind][r], partition.full[kind]
+        in_local = held[1] - held[0]
+        self.weight = nn.Parameter(torch.empty(out_features, in_local, dtype=dtype, device="meta"))
+        self.layout = {"weight": (Piece(f"{name}.weight", (0, out_features), (out_features, full), 1, held, owned, kind),)}
+        self.lora, self.lora_a, self.lora_b = lora, None, None
+        if lora:
+            # B is replicated and sees only this rank's Ax: its gradient is partial. Base and adapter share the one reduce
+            self.lora_a = nn.Parameter(torch.empty(lora.rank, in_local, dtype=torch.float32, device="meta"))
+            self.lora_b = nn.Parameter(torch.empty(out_features, lora.rank, dtype=torch.float32, device="meta"))
+            self.layout["lora_a"] = (Piece(f"{name}.lora_a", (0, lora.rank), (lora.rank, full), 1, held, owned, kind),)
+            self.layout["lora_b"] = (replicated(f"{name}.lora_b", (out_features, lora.rank), partial=True),)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, self.weight)
+        if self.lora_a is not None:
+            y = y + F.linear(F.linear(x, self.lora_a.to(x.dtype)), (self.lora_b * self.lora.scale).to(x.dtype))
+        return reduce_from_tp(y)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """ids [..] -> [.., dim] replicated. Each rank holds a range of vocabulary rows; foreign ids give zero before the sum."""
+
+    def __init__(self, name: str, config_vocab: int, dim: int, partition: Partition, *, dtype: torch.dtype):
+        super().__init__()
+        r = groups.tp_rank()
+        self.start, self.stop = partition.held["vocab"][r]
+        self.weight = nn.Parameter(torch.empty(self.stop - self.start, dim, dtype=dtype, device="meta"))
+        self.layout = {"weight": (Piece(f"{name}.weight", (0, self.stop - self.start), (config_vocab, dim), 0,
+                                        (self.start, self.stop), (self.start, self.stop), "vocab"),)}
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if groups.tp_size() == 1:
+            return F.embedding(ids, self.weight)
+        local = ids - self.start
+        foreign = (local < 0) | (local >= self.stop - self.start)
+        x = F.embedding(local.masked_fill(foreign, 0), self.weight)
+        return reduce_from_tp(x.masked_fill(foreign[..., None], 0.0))
+
+
+def walk(model: nn.Module):
+    """(parameter name, module, local name, parameter, [(native name, Piece), ...]) for every parameter, in order."""
+    for module_name, module in model.named_modules():
+        parent = module_name.rpartition(".")[0]
+        for local, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            name = f"{module_name}.{local}" if module_name else local
+            layout = getattr(module, "layout", {}).get(local)
+            if layout is None:                  # norms and small heads: one native tensor of the same name, on every rank
+                pieces = [(name, replicated(name, tuple(parameter.shape), partial=local in getattr(module, "partial", ())))]
+            else:
+                pieces = [(f"{parent}.{piece.name}" if parent else piece.name, piece) for piece in layout]
+            yield name, module, local, parameter, pieces
+
+
+def piece_of(tensor: torch.Tensor, piece: Piece, *, owned: bool = False) -> torch.Tensor:
+    """The view of a parameter (or its gradient, moment, master copy) that holds `piece`; `owned`: only what this rank saves."""
+    view = tensor[piece.rows[0]:piece.rows[1]]
+    if owned and piece.dim is not None and piece.owned != piece.held:
+        view = view.narrow(piece.dim, piece.owned[0] - piece.held[0], piece.owned[1] - piece.owned[0])
+    return view

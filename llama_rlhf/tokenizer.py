@@ -1,0 +1,606 @@
+"""Text to token ids and back, one interface for every tokenizer file of the supported families.
+
+    tokenizer = load_tokenizer(ckpt_dir)
+    prompt = tokenizer.encode("What is 2 + 3?\\n", bos=True)
+    answer = tokenizer.encode("#### 5", eos=True)
+
+Three rules hold for every kind:
+
+* Text is data. `<s>` or `<|im_end|>` written by a user is encoded as the characters it consists of; only
+  `special=True`, or the chat template itself, makes control tokens.
+* `bos_id` is the token that *every* sequence of this model starts with, or None where sequences start without
+  one (Qwen, SmolLM2, BLOOM), even if some file names a BOS token.
+* `eos_ids` are all tokens that end generation; the first is the one appended to answers in training.
+
+Nothing here runs code from a checkpoint folder: chat templates are rendered in a sandbox.
+"""
+
+import base64
+import datetime
+import json
+import re
+import secrets
+from pathlib import Path
+
+FOLDER_FILES = (
+    "tokenizer.bytes.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "tokenizer.model.v1",
+    "qwen.tiktoken",
+)
+MAX_FILE_BYTES = 200 << 20  # the largest real one, a tokenizer.json of 256k tokens, has about 35 MB
+
+
+class Tokenizer:
+    """What all kinds share. A kind supplies `_encode_parts`, `_decode_text` and `_piece_text`.
+
+    special_ids: control tokens by name. vocab_size counts ids the tokenizer knows; a model's embedding may have
+    more rows. pad_id fills batches and may equal an eos id: masks must come from lengths, never from ids.
+    """
+
+    def __init__(self, kind, plain_size, special_ids, settings, *, starts_with_bos, eos_names=()):
+        """plain_size: ids from here on stand for text only where special_ids names them."""
+        self.kind = kind
+        self.vocab_size = max(plain_size, *(id + 1 for id in special_ids.values()), 0)
+        self._plain_size = plain_size
+        self.special_ids = special_ids
+        self._special_names = {id: name for name, id in special_ids.items()}
+        by_length = sorted(special_ids, key=len, reverse=True)  # the longest name wins where two begin alike
+        self._special_pattern = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
+        self._special_heads = tuple({name[:n] for name in special_ids for n in range(1, len(name))})
+        self._special_tails = tuple({name[n:] for name in special_ids for n in range(1, len(name))})
+        self._settings = settings
+        self.chat_template = settings.chat_template
+        self._compiled_template = None
+
+        add_bos = starts_with_bos if settings.add_bos is None else settings.add_bos
+        self.bos_id = special_ids.get(settings.names.get("bos_token")) if add_bos else None
+        own = [special_ids[name] for name in (settings.names.get("eos_token"), *eos_names) if name in special_ids]
+        self.eos_ids = _merge_eos(list(dict.fromkeys(own)), settings.generation_eos)
+        pad = special_ids.get(settings.names.get("pad_token"))
+        self.pad_id = pad if pad is not None else (self.eos_ids or (0,))[0]
+
+    # -- text to ids --
+
+    def encode(self, text, *, bos=False, eos=False, special=False):
+        """Token ids of `text`. bos and eos add that token where the tokenizer has one; special=True reads the
+        names of control tokens in `text` as those tokens, which is not for text that comes from users."""
+        return self._framed(self._encode_parts(self._split(text) if special else [text]), bos, eos)
+
+    def encode_batch(self, texts, *, bos=False, eos=False, special=False):
+        return [self.encode(text, bos=bos, eos=eos, special=special) for text in texts]
+
+    def _framed(self, ids, bos, eos):
+        head = [self.bos_id] if bos and self.bos_id is not None else []
+        if eos and not self.eos_ids:
+            raise ValueError("this tokenizer has no end token: name one as eos_token in tokenizer_config.json")
+        return head + ids + ([self.eos_ids[0]] if eos else [])
+
+    def _split(self, text):
+        """Alternating runs of plain text (str) and control tokens (int)."""
+        parts, position = [], 0
+        for match in self._special_pattern.finditer(text):
+            parts += [text[position : match.start()], self.special_ids[match[0]]]
+            position = match.end()
+        return [part for part in [*parts, text[position:]] if part != ""]
+
+    # -- ids to text --
+
+    def decode(self, ids, *, skip_special=True):
+        """Text of `ids`; control tokens are left out, or written by name. An id the tokenizer does not know (a
+        padding row of the embedding, sampled by an untrained model) becomes the replacement character."""
+        runs = [[]]  # each run of ordinary ids is decoded as one, characters may span tokens
+        for id in ids:
+            if id in self._special_names:
+                runs += [] if skip_special else [self._special_names[id], []]
+            elif 0 <= id < self._plain_size:
+                runs[-1].append(id)
+            else:
+                runs += ["\ufffd", []]
+        return "".join(run if isinstance(run, str) else self._decode_text(run) for run in runs if run)
+
+    def token_text(self, id):
+        """One token as shown to a person: its leading space kept, a part of a character as \ufffd."""
+        if id in self._special_names:
+            return self._special_names[id]
+        return self._piece_text(id) if 0 <= id < self._plain_size else "\ufffd"
+
+    # -- chat --
+
+    def chat(self, messages, *, add_generation_prompt=True):
+        """Token ids of a conversation, messages = [{"role": ..., "content": ...}, ...], by the chat template.
+
+        Control tokens that the template writes become ids. Whatever looks like one inside a message stays text:
+        such spots are split by a private character before rendering, which is removed again afterwards. So the
+        template may strip or cut the text as it likes, and ordinary text is rendered untouched.
+        """
+        if self.chat_template is None:
+            raise ValueError(
+                "this tokenizer has no chat template: add chat_template.jinja to its folder, or choose one by "
+                f"chat_format ({', '.join(CHAT_FORMATS)})"
+            )
+        everything = json.dumps(messages, ensure_ascii=False) + self.chat_template
+        guard = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in everything)  # a private-use character
+        rendered = self._render(self._guarded(messages, guard), add_generation_prompt)
+        parts = [part if isinstance(part, int) else part.replace(guard, "") for part in self._split(rendered)]
+        ids = self._encode_parts([part for part in parts if part != ""])
+        if self.bos_id is None:
+            return ids
+        while ids[:1] == [self.bos_id]:  # the template may write it or not, some write it twice
+            ids = ids[1:]
+        return [self.bos_id, *ids]
+
+    def _guarded(self, value, guard):
+        if isinstance(value, dict):
+            return {key: self._guarded(item, guard) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._guarded(item, guard) for item in value]
+        if not isinstance(value, str):
+            return value
+        value = self._special_pattern.sub(lambda match: match[0][0] + guard + match[0][1:], value)
+        # A name could also come about across the edge: "<|im_" here and "end|>" in the next message.
+        start, end = len(value) - len(value.lstrip()), len(value.rstrip())
+        core = value[start:end]
+        head = guard if core.startswith(self._special_tails) else ""
+        tail = guard if core.endswith(self._special_heads) else ""
+        return value[:start] + head + core + tail + value[end:]
+
+    def _render(self, messages, add_generation_prompt):
+        import jinja2
+
+        if self._compiled_template is None:
+            try:
+                self._compiled_template = _chat_environment().from_string(self.chat_template)
+            except jinja2.TemplateError as e:
+                raise ValueError(f"the chat template of this tokenizer is not valid jinja: {e}") from e
+        names = {"bos_token": "", "eos_token": "", **self._settings.names}
+        try:
+            return self._compiled_template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **names
+            )
+        except jinja2.TemplateError as e:
+            raise ValueError(f"the chat template refuses these messages: {e}") from e
+
+
+def _merge_eos(own, generation):
+    """The ids that end generation: a list in generation_config.json wins, a single id there is added to our own.
+    The tokenizer's eos stays first where it is among them: Llama 3 chat models list three, and train one."""
+    if isinstance(generation, list):
+        first = [id for id in own if id in generation][:1]
+        return tuple(dict.fromkeys(first + generation))
+    return tuple(dict.fromkeys(own + ([] if generation is None else [generation])))
+
+
+def _chat_environment():
+    """Jinja as chat templates expect it. The sandbox keeps a template from a checkpoint away from Python."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}...{% endgeneration %}` marks assistant text in some templates; here it is only text."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
+
+
+# -- kinds ------------------------------------------------------------------------------------------------------
+
+
+class BytesTokenizer(Tokenizer):
+    """One token per UTF-8 byte, for toy models and tests. File: {"kind": "bytes"}, optionally "vocab_size"."""
+
+    def __init__(self, spec, settings):
+        special_ids = {"<bos>": 256, "<eos>": 257, "<pad>": 258}
+        vocab_size = spec.get("vocab_size", 260)
+        if not isinstance(vocab_size, int) or vocab_size < 259:
+            raise ValueError(f"a bytes tokenizer needs vocab_size of at least 259, not {vocab_size!r}")
+        settings.names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", **settings.names}
+        super().__init__("bytes", 256, special_ids, settings, starts_with_bos=True)
+        self.vocab_size = vocab_size
+
+    def _encode_parts(self, parts):
+        return [id for part in parts for id in ([part] if isinstance(part, int) else part.encode())]
+
+    def _decode_text(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+    def _piece_text(self, id):
+        return self._decode_text([id])
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A `tokenizer.model` protobuf (LLaMA 1 and 2, Mistral). The ids in the model are the truth: several early
+    LLaMA conversions carry wrong ids in their json files."""
+
+    def __init__(self, file, settings):
+        import sentencepiece
+
+        self._model = sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(file.read_bytes())
+        except Exception as e:
+            raise ValueError(f"{file} is neither a sentencepiece model nor a tiktoken file: {e}") from e
+        size = self._model.vocab_size()
+        control = [id for id in range(size) if self._model.IsControl(id) or self._model.IsUnknown(id)]
+        special_ids = {self._model.IdToPiece(id): id for id in control}
+        names = {kind: name for kind, name in settings.names.items() if name in special_ids or name in settings.added}
+        for kind, id in {"bos": self._model.bos_id(), "eos": self._model.eos_id(), "pad": self._model.pad_id()}.items():
+            if id >= 0:
+                names.setdefault(f"{kind}_token", self._model.IdToPiece(id))
+        settings.names = names
+        special_ids.update({name: id for name, id in settings.added.items() if id >= size})
+        if settings.chat_template is None and "[INST]" in special_ids:
+            settings.chat_template = CHAT_FORMATS["mistral-v3"]["template"]
+        super().__init__("sentencepiece", size, special_ids, settings, starts_with_bos=True)
+
+    def _encode_parts(self, parts):
+        ids = []
+        for n, part in enumerate(parts):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                # Every piece of text gets sentencepiece's own leading space. Templates that write this space after
+                # a control token ("[INST] {text}") would otherwise have it twice.
+                ids += self._model.EncodeAsIds(part[1:] if n and part[0] == " " else part)
+        return ids
+
+    def _decode_text(self, ids):
+        return self._model.DecodeIds(ids)
+
+    def _piece_text(self, id):
+        return _piece_text(self._model.IdToPiece(id))
+
+
+class JsonTokenizer(Tokenizer):
+    """A `tokenizer.json` (also built from tiktoken ranks), run by the `tokenizers` library.
+
+    That library matches control tokens inside any text. So each of them is renamed, inside it, to a random word
+    made anew at every load: only we can write it, and a look-alike is plain text.
+    """
+
+    def __init__(self, spec, settings, *, kind="json", eos_names=()):
+        import tokenizers
+
+        secret = secrets.token_hex(8)
+        vocab = spec["model"]["vocab"]  # {piece: id}, or [[piece, score], ...] in unigram models
+        ids = vocab if isinstance(vocab, dict) else {piece: id for id, (piece, _) in enumerate(vocab)}
+        added = {token["content"]: token for token in spec.setdefault("added_tokens", [])}
+        for name in settings.names.values():
+            if name not in added and name in ids:
+                added[name] = {"id": ids[name], "content": name, "single_word": False, "lstrip": False, "rstrip": False}
+                spec["added_tokens"].append(added[name])
+        special_ids = {}
+        for name, token in added.items():
+            if not token.get("special") and name not in settings.names.values():
+                continue  # part of the vocabulary as far as text goes, such as Qwen's <think>
+            special_ids[name] = token["id"]
+            token.update(content=f"{secret}.{token['id']}.", special=True, normalized=False)
+            if name in ids and isinstance(vocab, dict):
+                vocab[token["content"]] = vocab.pop(name)
+            elif name in ids:
+                vocab[ids[name]] = [token["content"], vocab[ids[name]][1]]
+            if spec["model"].get("unk_token") == name:
+                spec["model"]["unk_token"] = token["content"]
+        starts_with_bos = _first_token(spec.get("post_processor"))
+        if starts_with_bos in special_ids:
+            settings.names.setdefault("bos_token", starts_with_bos)
+        # Some files were saved with truncation to 512 tokens or padding switched on.
+        spec.update(post_processor=None, truncation=None, padding=None)
+        self._rust = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        self._secret = secret
+        for name, id in special_ids.items():
+            if self._rust.token_to_id(f"{secret}.{id}.") != id:
+                raise ValueError(f"control token {name!r} has id {id}, but loads as another one")
+        self._byte_level = '"ByteLevel"' in json.dumps(spec.get("decoder"))
+        size = max(self._rust.get_vocab(with_added_tokens=True).values()) + 1
+        super().__init__(kind, size, special_ids, settings, eos_names=eos_names,
+                         starts_with_bos=starts_with_bos is not None)
+
+    def _text_of(self, parts):
+        return "".join(part if isinstance(part, str) else f"{self._secret}.{part}." for part in parts)
+
+    def _encode_parts(self, parts):
+        return self._rust.encode(self._text_of(parts), add_special_tokens=False).ids
+
+    def encode_batch(self, texts, *, bos=False, eos=False, special=False):
+        texts = [self._text_of(self._split(text)) if special else text for text in texts]
+        encoded = self._rust.encode_batch(texts, add_special_tokens=False)
+        return [self._framed(item.ids, bos, eos) for item in encoded]
+
+    def _decode_text(self, ids):
+        return self._rust.decode(ids, skip_special_tokens=False)
+
+    def _piece_text(self, id):
+        piece = self._rust.id_to_token(id) or "\ufffd"
+        if not self._byte_level:
+            return _piece_text(piece)
+        try:
+            return bytes(_BYTE_OF_CHARACTER[c] for c in piece).decode(errors="replace")
+        except KeyError:  # an added token, kept as written
+            return piece
+
+
+def _first_token(processor):
+    """The control token that a tokenizer.json's post-processor puts in front, or None."""
+    if not processor:
+        return None
+    if processor["type"] == "Sequence":
+        return next(filter(None, map(_first_token, processor["processors"])), None)
+    first = (processor.get("single") or [{}])[0]
+    return first.get("SpecialToken", {}).get("id")
+
+
+def _piece_text(piece):
+    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
+    return bytes([int(byte[1], 16)]).decode(errors="replace") if byte else piece.replace("\u2581", " ")
+
+
+def _byte_characters():
+    """GPT-2's printable stand-in for each byte: itself where printable, the next free code point from 256 on
+    otherwise."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    spare = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
+
+
+_CHARACTER_OF_BYTE = _byte_characters()
+_BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(_CHARACTER_OF_BYTE)}
+
+
+# -- tiktoken files: lines of base64(token) and rank; the regex and the control tokens are known by family ---------
+
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPLIT = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3_NAMES = [
+    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
+]  # fmt: skip
+_LLAMA3_NAMES += [f"<|reserved_special_token_{n}|>" for n in range(3, 3 + 256 - len(_LLAMA3_NAMES))]
+_QWEN_NAMES = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"] + [f"<|extra_{n}|>" for n in range(205)]
+TIKTOKEN_FAMILIES = {  # by number of ranks
+    151643: dict(
+        pattern=_SPLIT.replace("DIGITS", ""), special_names=_QWEN_NAMES, nfc=True, chat_format="chatml",
+        names={"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}, eos_names=("<|im_end|>",),
+    ),
+    128000: dict(
+        pattern=_SPLIT.replace("DIGITS", "{1,3}"), special_names=_LLAMA3_NAMES, nfc=False, chat_format="llama-3",
+        names={"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>",
+               "pad_token": "<|finetune_right_pad_id|>"}, eos_names=("<|eom_id|>", "<|eot_id|>"),
+    ),
+}  # fmt: skip
+
+
+def _read_ranks(file):
+    ranks = {}
+    for n, line in enumerate(file.read_bytes().splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError as e:
+            raise ValueError(f"{file}, line {n}: expected a base64 token and its rank") from e
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f"{file}: the ranks are not 0..{len(ranks) - 1}, the file is incomplete or damaged")
+    return ranks
+
+
+def tokenizer_json_from_ranks(ranks, *, pattern, special_names, nfc):
+    """A tokenizer.json (as a dict) that encodes like tiktoken with these ranks.
+
+    tiktoken has no list of merges: it joins any two neighbours whose concatenation has a rank, the lowest first.
+    Listing every way to cut every token in two, in order of rank, gives a merge list which does the same.
+    """
+
+    def spell(token):
+        return "".join(_CHARACTER_OF_BYTE[byte] for byte in token)
+
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        pairs = [(ranks[a], ranks[b], a, b) for a, b in halves if a in ranks and b in ranks]
+        merges += [[spell(a), spell(b)] for _, _, a, b in sorted(pairs)]
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": len(ranks) + n, "content": name, **flags} for n, name in enumerate(special_names)],
+        "normalizer": {"type": "NFC"} if nfc else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_bytes]},
+        "decoder": to_bytes,
+        # ignore_merges: a word that is a token as a whole is that token, as in tiktoken
+        "model": {"type": "BPE", "vocab": {spell(token): rank for token, rank in ranks.items()}, "merges": merges,
+                  "ignore_merges": True},
+    }  # fmt: skip
+
+
+def _load_tiktoken(file, settings):
+    ranks = _read_ranks(file)
+    if len(ranks) not in TIKTOKEN_FAMILIES:
+        raise ValueError(
+            f"{file} holds {len(ranks)} tiktoken ranks; known are 151643 (first Qwen) and 128000 (Llama 3). The "
+            "splitting rule is not in the file, so use this model's tokenizer.json instead"
+        )
+    family = TIKTOKEN_FAMILIES[len(ranks)]
+    settings.names = {**family["names"], **settings.names}
+    if settings.chat_template is None:
+        settings.chat_template = CHAT_FORMATS[family["chat_format"]]["template"]
+    if settings.add_bos is None:
+        settings.add_bos = "bos_token" in family["names"]
+    spec = tokenizer_json_from_ranks(
+        ranks, pattern=family["pattern"], special_names=family["special_names"], nfc=family["nfc"]
+    )
+    return JsonTokenizer(spec, settings, kind="tiktoken", eos_names=family["eos_names"])
+
+
+# -- chat formats for checkpoints that bring no template ----------------------------------------------------------
+
+_LLAMA2 = (
+    "{% set system = namespace(text='') %}"
+    "{% for m in messages %}"
+    "{% if m.role == 'system' %}{% set system.text = '<<SYS>>\\n' + m.content + '\\n<</SYS>>\\n\\n' %}"
+    "{% elif m.role == 'user' %}"
+    "{{ bos_token + '[INST] ' + (system.text + m.content) | trim + ' [/INST]' }}{% set system.text = '' %}"
+    "{% else %}{{ ' ' + m.content | trim + ' ' + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+_MISTRAL = (  # no system role: its text goes into the first user turn (v1) or the last (v3)
+    "{% set system = namespace(text='', turn=-1) %}"
+    "{% for m in messages %}"
+    "{% if m.role == 'system' %}{% set system.text = m.content + '\\n\\n' %}"
+    "{% elif m.role == 'user' and (LAST or system.turn < 0) %}{% set system.turn = loop.index0 %}{% endif %}"
+    "{% endfor %}"
+    "{{ bos_token }}"
+    "{% for m in messages %}"
+    "{% if m.role == 'user' %}"
+    "{{ '[INST] ' + (system.text if loop.index0 == system.turn else '') + m.content + CLOSE }}"
+    "{% elif m.role != 'system' %}{{ ' ' + m.content + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+_MISTRAL_V1 = _MISTRAL.replace("LAST", "false").replace("CLOSE", "' [/INST]'")
+_MISTRAL_V3 = _MISTRAL.replace("LAST", "true").replace("CLOSE", "'[/INST]'")
+_CHATML = (
+    "{% if messages[0].role != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+_LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + m.content | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+CHAT_FORMATS = {  # needs: control tokens it writes; ends: the token after an answer, if not eos_token
+    "llama-2": dict(template=_LLAMA2, needs=(), ends=None),
+    "mistral-v1": dict(template=_MISTRAL_V1, needs=(), ends=None),
+    "mistral-v3": dict(template=_MISTRAL_V3, needs=("[INST]", "[/INST]"), ends=None),
+    "chatml": dict(template=_CHATML, needs=("<|im_start|>", "<|im_end|>"), ends="<|im_end|>"),
+    "llama-3": dict(template=_LLAMA3, needs=("<|start_header_id|>", "<|eot_id|>"), ends="<|eot_id|>"),
+}
+
+
+# -- loading ----------------------------------------------------------------------------------------------------
+
+
+class _Settings:
+    """What the json files beside a tokenizer say about it.
+
+    names: {"bos_token": "<s>", ...}; added: ids of extra tokens by name; generation_eos: int, list or None
+    """
+
+    def __init__(self, folder):
+        config = _read_json(folder / "tokenizer_config.json")
+        named = {**_read_json(folder / "special_tokens_map.json"), **config}
+        self.names = {}
+        for kind in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            name = named.get(kind)
+            name = name.get("content") if isinstance(name, dict) else name
+            if name:  # some early LLaMA conversions have empty strings here
+                self.names[kind] = name
+        self.add_bos = config.get("add_bos_token")
+        self.added = {t["content"]: int(id) for id, t in config.get("added_tokens_decoder", {}).items()}
+        self.added.update(_read_json(folder / "added_tokens.json"))
+        self.generation_eos = _read_json(folder / "generation_config.json").get("eos_token_id")
+        template = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
+        if (folder / "chat_template.jinja").is_file():
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        if isinstance(template, list):  # [{"name": ..., "template": ...}, ...]
+            template = {item["name"]: item["template"] for item in template}
+        self.templates = template if isinstance(template, dict) else {"default": template} if template else {}
+        self.chat_template = self.templates.get("default")
+
+
+def load_tokenizer(path, *, chat_format=None):
+    """The tokenizer in `path`, a folder or a file; the json files beside it are read too.
+
+    chat_format: one of CHAT_FORMATS, or a named template of the folder; by default the folder's own template.
+    Raises FileNotFoundError when there is no tokenizer, ValueError when a file is damaged or of unknown kind.
+    """
+    file = _find(Path(path))
+    if file.stat().st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{file} has {file.stat().st_size >> 20} MB: too large for a tokenizer")
+    settings = _Settings(file.parent)
+    builtin = None
+    if chat_format in settings.templates:
+        settings.chat_template = settings.templates[chat_format]
+    elif chat_format in CHAT_FORMATS:
+        builtin = CHAT_FORMATS[chat_format]
+        settings.chat_template = builtin["template"]
+    elif chat_format is not None:
+        known = ", ".join([*CHAT_FORMATS, *settings.templates])
+        raise ValueError(f"unknown chat_format={chat_format!r}; known here: {known}")
+    tokenizer = _load_file(file, settings)
+    if builtin:
+        lacking = [name for name in builtin["needs"] if name not in tokenizer.special_ids]
+        if lacking:
+            raise ValueError(f"chat_format={chat_format!r} needs {', '.join(lacking)}, not in the tokenizer {file}")
+        if builtin["ends"]:
+            end = tokenizer.special_ids[builtin["ends"]]
+            tokenizer.eos_ids = tuple(dict.fromkeys([end, *tokenizer.eos_ids]))
+    return tokenizer
+
+
+def _find(path):
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise FileNotFoundError(f"tokenizer path {str(path)!r} does not exist")
+    for name in FOLDER_FILES:
+        if (path / name).is_file():
+            return path / name
+    message = f"no tokenizer in {str(path)!r}: looked for {', '.join(FOLDER_FILES)}."
+    above = [name for name in FOLDER_FILES if (path.resolve().parent / name).is_file()]
+    if above:  # LLaMA downloads keep it beside the model folders
+        raise FileNotFoundError(f"{message} There is {path.resolve().parent / above[0]}: give that path")
+    if (path / "vocab.json").is_file():
+        message += " vocab.json with merges.txt alone does not say how text is split into words."
+    raise FileNotFoundError(f"{message} Copy the file from the model's release, or give its path")
+
+
+def _load_file(file, settings):
+    with open(file, "rb") as f:
+        head = f.read(1024)
+    if re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n", head):
+        return _load_tiktoken(file, settings)
+    if not head.lstrip().startswith(b"{"):
+        return SentencePieceTokenizer(file, settings)
+    spec = _read_json(file)
+    if spec.get("kind") == "bytes":
+        return BytesTokenizer(spec, settings)
+    if not isinstance(spec.get("model"), dict) or "vocab" not in spec["model"]:
+        raise ValueError(f"{file}: expected a tokenizer.json (with model.vocab) or {{\"kind\": \"bytes\"}}")
+    try:
+        return JsonTokenizer(spec, settings)
+    except Exception as e:  # the library raises bare Exception
+        raise ValueError(f"{file} is damaged or not supported: {e}") from e
+
+
+def _read_json(file):
+    """The object in a json file; {} if there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{file} is not valid json: {e}") from e
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected an object {{...}}, found {type(content).__name__}")
+    return content

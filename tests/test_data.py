@@ -1,0 +1,239 @@
+"""Reading records, building training examples, and the order of an epoch."""
+
+import json
+
+import pytest
+
+from llama_rlhf.data import (
+    DataReport, Example, batches, encode_prompt, prompt_of, read_records, sft_examples, show_example,
+)  # fmt: skip
+from llama_rlhf.tokenizer import load_tokenizer
+
+BOS, EOS = 256, 257
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    (tmp_path / "tokenizer.bytes.json").write_text('{"kind": "bytes"}')
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    )
+    return load_tokenizer(tmp_path)
+
+
+def ids(text):
+    return list(text.encode())
+
+
+# -- records ----------------------------------------------------------------------------------------------------
+
+
+def test_json_list_and_json_lines_read_alike(tmp_path):
+    rows = [{"instruction": "a\u2028b", "output": "é"}, {"instruction": "c", "output": "d"}]
+    text = {
+        "list.json": json.dumps(rows, indent=2),
+        "lines.jsonl": "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n",
+        "lines.json": "\r\n".join(map(json.dumps, rows)),
+        "bom.json": "\ufeff" + json.dumps(rows, ensure_ascii=False),
+    }
+    for name, content in text.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        assert read_records(tmp_path / name) == rows, name
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "data.json is empty"),
+        (b" \n", "data.json is empty"),
+        (b"[]", "holds no records"),
+        (b'[{"a": 1},\n {"a": }]', "data.json, line 2, column 8: not valid json"),
+        (b'{"a": 1}\n\n{"a": \n', "data.json, line 3, column 7: not valid json.*one object per line"),
+        (b'[{"a": 1}, 7]', r"data.json, record 2: expected an object {...}, found a number"),
+        (b'"text"', "record 1: expected an object {...}, found a string"),
+        (b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_unreadable_data_is_located(tmp_path, content, message):
+    (tmp_path / "data.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_records(tmp_path / "data.json")
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="data file .*none.json.* does not exist"):
+        read_records(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ({"instruction": "a", "answer": "b"}, r'record 2: missing "output" \(keys: instruction, answer\). Expected "'),
+        ({"text": "a"}, r'record 2: no prompt \(keys: text\). Expected "instruction" and "output" or'),
+        ({}, r"record 2: no prompt \(keys: none\)"),
+        ({"instruction": 3, "output": "b"}, 'record 2: "instruction" must be a string, found a number'),
+        ({"instruction": "a", "output": None}, 'record 2: "output" must be a string, found null'),
+        ({"instruction": "a", "output": []}, 'record 2: "output" must be a string or a list of strings'),
+        ({"instruction": "a", "output": ["b", 1]}, 'record 2: "output" must be a string or a list of strings'),
+        ({"instruction": "a", "input": ["x"], "output": "b"}, 'record 2: "input" must be a string, found a list'),
+        ({"messages": "hi"}, 'record 2: "messages" must be a list'),
+        ({"messages": [{"role": "user"}]}, r'record 2, message 1: missing "content" \(keys: role\)'),
+        ({"messages": [{"role": "user", "content": "x"}]}, 'record 2: "messages" needs an "assistant" turn'),
+        (
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+            "record 2: chat messages can only be encoded .*use_chat_template",
+        ),
+    ],
+)
+def test_wrong_record_names_file_number_field_and_keys(tmp_path, tokenizer, record, message):
+    (tmp_path / "train.json").write_text(json.dumps([{"instruction": "a", "output": "b"}, record]))
+    with pytest.raises(ValueError, match="train.json, " + message):
+        sft_examples(read_records(tmp_path / "train.json"), tokenizer, max_seq_len=99)
+
+
+# -- examples ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt, answer", [("instruction", "output"), ("query", "response"), ("question", "answer"),
+                                            ("prompt", "completion")])  # fmt: skip
+def test_every_schema_gives_prompt_newline_answer_eos(tokenizer, prompt, answer):
+    (example,) = sft_examples([{prompt: "2+3?", answer: "5"}], tokenizer, max_seq_len=99)
+    assert example == Example([BOS, *ids("2+3?\n5"), EOS], 6, "1")
+
+
+def test_input_follows_the_instruction(tokenizer):
+    rows = [{"instruction": "Add.", "input": "2 3", "output": "5"}, {"instruction": "Add.", "input": "", "output": "5"}]
+    one, two = sft_examples(rows, tokenizer, max_seq_len=99)
+    assert one.tokens == [BOS, *ids("Add.\n2 3\n5"), EOS] and two.tokens == [BOS, *ids("Add.\n5"), EOS]
+
+
+def test_several_outputs_give_a_row_each(tokenizer):
+    rows = [{"instruction": "a", "output": ["b", "cc"]}, {"instruction": "d", "output": "e"}]
+    examples = sft_examples(rows, tokenizer, max_seq_len=99)
+    assert [(e.id, e.tokens[e.prompt_len :]) for e in examples] == [
+        ("1.1", [*ids("b"), EOS]), ("1.2", [*ids("cc"), EOS]), ("2", [*ids("e"), EOS]),
+    ]  # fmt: skip
+
+
+def test_training_prompt_equals_generation_prompt(tokenizer):
+    record = {"instruction": "a <bos> b", "output": "c"}
+    for options in ({}, {"system_prompt": "S"}, {"use_chat_template": True},
+                    {"use_chat_template": True, "system_prompt": "S"}):  # fmt: skip
+        (example,) = sft_examples([record], tokenizer, max_seq_len=99, **options)
+        prompt = encode_prompt(tokenizer, prompt_of(record, ""), **options)
+        assert example.tokens == prompt + [*ids("c"), EOS] and example.prompt_len == len(prompt)
+        assert example.tokens.count(BOS) == 1 and prompt[0] == BOS
+
+
+def test_chat_and_system_prompts_by_hand(tokenizer):
+    assert encode_prompt(tokenizer, "x", system_prompt="S") == [BOS, *ids("S\nx\n")]
+    assert encode_prompt(tokenizer, "x", use_chat_template=True) == [BOS, *ids("u:x;a:")]
+    assert encode_prompt(tokenizer, "x", use_chat_template=True, system_prompt="S") == [BOS, *ids("s:S;u:x;a:")]
+
+
+def test_last_assistant_turn_is_trained(tokenizer):
+    turns = [("system", "S"), ("user", "x"), ("assistant", "y"), ("user", "z"), ("assistant", "w"), ("user", "bye")]
+    record = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    (example,) = sft_examples([record], tokenizer, max_seq_len=99, use_chat_template=True, system_prompt="not this")
+    assert example.tokens[: example.prompt_len] == [BOS, *ids("s:S;u:x;a:y;u:z;a:")]
+    assert example.tokens[example.prompt_len :] == [*ids("w"), EOS]
+
+
+def test_answers_are_cut_never_prompts(tokenizer):
+    """A cut answer has no eos: the model must not learn to stop there."""
+    prompt, whole = [BOS, *ids("abc\n")], [BOS, *ids("abc\nwxyz"), EOS]
+    for max_seq_len in range(1, 14):
+        report = DataReport()
+        rows = [{"instruction": "abc", "output": "wxyz"}]
+        examples = sft_examples(rows, tokenizer, max_seq_len=max_seq_len, report=report)
+        if max_seq_len <= len(prompt):
+            assert examples == [] and report == DataReport(dropped=1, long_prompts=["1"])
+        else:
+            (example,) = examples
+            assert example.tokens == whole[:max_seq_len] and example.prompt_len == len(prompt)
+            n = min(max_seq_len, len(whole))
+            assert report == DataReport(1, int(max_seq_len < len(whole)), 0, [], n, n - len(prompt))
+    assert "1 dropped because the prompt alone fills max_seq_len (records 7)" in str(
+        DataReport(rows=2, dropped=1, long_prompts=["7"])
+    )
+
+
+def test_train_on_prompt_trains_all_but_the_first_token(tokenizer):
+    report = DataReport()
+    rows = [{"instruction": "abc", "output": "d"}]
+    (example,) = sft_examples(rows, tokenizer, max_seq_len=99, train_on_prompt=True, report=report)
+    assert example.prompt_len == 1 and report.response_tokens == len(example.tokens) - 1 == 6
+
+
+def test_shown_example_marks_what_is_trained(tokenizer):
+    (example,) = sft_examples([{"instruction": "2+3?", "output": "5"}], tokenizer, max_seq_len=99)
+    assert show_example(example, tokenizer) == "record 1 (8 tokens, 2 trained on):\n<bos>2+3?\n⟦5<eos>⟧"
+
+
+# -- order ------------------------------------------------------------------------------------------------------
+
+
+def examples_of(lengths):
+    return [Example([0] * n, 1, str(i + 1)) for i, n in enumerate(lengths)]
+
+
+LENGTHS = [(7 * i * i + 3 * i) % 50 + 2 for i in range(101)]
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [0, 1, 5, 8, 101])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_epoch_is_every_example_once_in_equal_steps(dp_size, count, shuffle):
+    options = dict(max_batch_size=4, max_batch_tokens=120, seed=1, epoch=2, shuffle=shuffle, dp_size=dp_size)
+    examples = examples_of(LENGTHS[:count])
+    ranks = [batches(examples, dp_rank=rank, **options) for rank in range(dp_size)]
+    assert len({len(rank) for rank in ranks}) == 1
+    assert sorted(i for rank in ranks for batch in rank for i in batch) == list(range(count))
+    for batch in (batch for rank in ranks for batch in rank):
+        assert len(batch) <= 4
+        assert len(batch) * max((LENGTHS[i] for i in batch), default=0) <= 120
+    assert ranks == [batches(examples, dp_rank=rank, **options) for rank in range(dp_size)]
+
+
+def test_too_few_examples_leave_empty_batches():
+    ranks = [batches(examples_of([3, 4, 5]), max_batch_size=2, dp_rank=rank, dp_size=4) for rank in range(4)]
+    assert [len(rank) for rank in ranks] == [1] * 4 and [len(rank[0]) for rank in ranks] == [2, 1, 0, 0]
+
+
+def test_epoch_and_seed_change_the_order():
+    examples = examples_of(LENGTHS)
+    orders = [batches(examples, max_batch_size=4, seed=s, epoch=e) for s, e in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    assert all(orders[i] != orders[j] for i in range(4) for j in range(i))
+
+
+def test_file_order_without_shuffling():
+    flat = [i for batch in batches(examples_of(LENGTHS), max_batch_size=3, shuffle=False) for i in batch]
+    assert flat == list(range(101))
+
+
+def test_token_limit_counts_only_the_rows_at_hand():
+    got = batches(examples_of([100, 2, 3, 2, 2]), max_batch_size=4, max_batch_tokens=100, shuffle=False)
+    assert got == [[0], [1, 2, 3, 4]]
+
+
+def test_similar_lengths_share_batches_and_steps():
+    lengths = [37 * i % 96 + 2 for i in range(96)]  # each of 2..97 once: sorted, four neighbours pad 3 + 2 + 1
+    ranks = [batches(examples_of(lengths), max_batch_size=4, dp_rank=rank, dp_size=2) for rank in (0, 1)]
+    for step in zip(*ranks):
+        widths = [max(lengths[i] for i in batch) for batch in step]
+        assert [sum(width - lengths[i] for i in batch) for width, batch in zip(widths, step)] == [6, 6]
+        assert abs(widths[0] - widths[1]) == 4
+    widths = [max(lengths[i] for i in batch) for batch in ranks[0]]
+    assert widths != sorted(widths)  # long and short steps take turns
+
+
+def test_example_larger_than_the_token_limit_is_named():
+    with pytest.raises(ValueError, match="max_batch_tokens=10 has no room for record 2, which has 11 tokens"):
+        batches(examples_of([3, 11, 5]), max_batch_size=2, max_batch_tokens=10)
+
+
+def test_impossible_batching_is_refused():
+    with pytest.raises(ValueError, match="max_batch_size=0"):
+        batches(examples_of([3]), max_batch_size=0)
+    with pytest.raises(ValueError, match="dp_rank=2, dp_size=2"):
+        batches(examples_of([3]), max_batch_size=1, dp_rank=2, dp_size=2)

@@ -1,0 +1,322 @@
+"""GSM8K: the four rules of what counts as the answer, labels, scoring and reading of files."""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from llama_rlhf.tasks import TASKS, get_task, gsm8k
+
+# (text, rule A, rule B, rule C, rule D). Columns A to C were made by running the published regular expressions.
+EXPECTED = [
+    ("#### 8", "8", "8", "8", "8"),
+    ("#### 1,450,000", "1450000", "1450000", "1450000", "1450000"),
+    ("#### 1,450,000.", "1450000.", "1450000", "1450000", "1450000"),
+    ("The answer is $1,234.00.", None, None, "1234.00", "1234"),
+    ("The answer is 72, altogether", None, None, "72", "72"),
+    ("The answer is -3", None, None, "-3", "-3"),
+    ("That is 50%.", None, None, "50", "50"),
+    ("#### $18", None, None, "18", "18"),
+    ("#### 18.00", "18.00", "18.00", "18.00", "18"),
+    ("#### 5\n#### 7", "5", "5", "7", "5"),
+    ("#### 5\nQuestion: How many?\n#### 7", "5", "5", "7", "5"),
+    ("#### 12 dollars", "12", "12", "12", "12"),
+    ("5-3", None, None, "-3", "3"),
+    ("####8", None, None, "8", "8"),
+    ("The answer is 1,000, and 2,", None, None, "2", "1000"),
+    ("\\boxed{$9{,}500}", None, None, "500", "9500"),
+    ("48/2=<<48/2=24>>24 clips", None, None, "24", "24"),
+    ("#### .5", ".5", ".5", ".5", "0.5"),
+    ("No digits here", None, None, None, None),
+    ("#### -10", "-10", "-10", "-10", "-10"),
+]
+
+
+@pytest.mark.parametrize("text, a, b, c, d", EXPECTED)
+def test_each_rule_extracts_what_the_table_says(text, a, b, c, d):
+    assert {rule: extract(text) for rule, extract in gsm8k.RULES.items()} == {"A": a, "B": b, "C": c, "D": d}
+
+
+def test_b_and_c_equal_the_harness_patterns_applied_literally():
+    """The slow but literal form: every pattern of the harness's clean-up through re.sub, one after the other."""
+
+    def clean(text):
+        for pattern in (",", r"\$", r"(?s).*#### ", r"\.$"):
+            text = re.sub(pattern, "", text)
+        return text.lower()
+
+    r = random.Random(0)
+    found = 0
+    for _ in range(3000):
+        text = "".join(r.choices(["#### ", "####", "1", "20", ",", ".", "$", "-", " ", "\n", "x"], k=r.randint(1, 12)))
+        strict = re.findall(r"#### (\-?[0-9\.\,]+)", text)
+        flexible = [one or two for one, two in re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)]
+        assert gsm8k.extract_strict(text) == (clean(strict[0]) if strict else None), text
+        assert gsm8k.extract_flexible(text) == (clean(flexible[-1]) if flexible else None), text
+        found += bool(strict)
+    assert found > 300
+
+
+def test_a_b_and_c_compare_strings_and_d_compares_values():
+    text = "so it is 18\n#### 18.00"
+    assert [gsm8k.correct(rule, text, "18") for rule in "ABCD"] == [False, False, False, True]
+    text = "#### 1,450,000."
+    assert [gsm8k.correct(rule, text, "1450000") for rule in "ABCD"] == [False, True, True, True]
+
+
+def test_d_calls_two_numbers_equal_exactly_when_they_are():
+    r = random.Random(1)
+
+    def spell(value):
+        sign, text = ("-" if value < 0 else ""), str(abs(value))
+        whole, _, decimals = text.partition(".")
+        if r.random() < 0.5:
+            whole = f"{int(whole):,}"
+        if r.random() < 0.5:
+            decimals += "0" * r.randint(1, 3)
+        return sign + r.choice(["", "$"]) + whole + ("." + decimals if decimals else "")
+
+    equal = 0
+    for _ in range(2000):
+        x, y = (Decimal(r.randint(-3000, 3000)) / r.choice([1, 1, 1000, 500]) for _ in range(2))
+        y = x if r.random() < 0.5 else y
+        text = f"The answer is {spell(x)}."
+        assert gsm8k.correct("D", text, spell(y)) == (x == y), (text, y)
+        equal += x == y
+    assert 800 < equal < 1200
+
+
+def test_d_is_exact_beyond_float_precision():
+    assert not gsm8k.correct("D", "#### 9007199254740993", "9007199254740992")
+    assert not gsm8k.correct("D", "#### 0." + "0" * 40 + "1", "0")
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("1 + 1 = 2\n#### 7 apples, not 8\n#### 9", "7"),  # the first #### line, its first number
+        ("####\nThe answer is 4", "4"),  # a line without a number decides nothing
+        ("\\boxed{3} or rather \\boxed{\\frac{12}{5}}", "12"),
+        ("\\boxed{} so the answer is 6. That took 2 steps", "6"),
+        ("the answer is 1. No, the Answer: 5 of 9", "5"),
+        ("He has 3, then 4, then 11 left", "11"),
+        ("It falls to \u22127 degrees", "-7"),
+        ("(-5)", "-5"),
+        ("x-5", "5"),
+        ("(2)-3", "3"),
+        ("-0.0", "0"),
+        ("costs -$2.50", "-2.5"),
+        ("007", "7"),
+        ("The answer is 1,0000", "1"),  # not a thousands group
+        ("24 <<48/2=>> <<12*2=25>> clips", "24"),
+        ("\\boxed{-\\$18}", "-18"),
+        ("\\boxed{18", "18"),
+        ("Question: how many? 5", None),
+        ("", None),
+    ],
+)
+def test_d_reads_the_answer_a_reader_would(text, answer):
+    assert gsm8k.extract_tolerant(text) == answer
+
+
+@pytest.mark.parametrize("rule", "ABCD")
+def test_label_may_be_a_number_or_a_whole_solution(rule):
+    text = "#### 1,450,000"
+    for label in ("1450000", "1,450,000", "$1,450,000", 1450000, "5 * 290000 = <<5*290000=1450000>>1\n#### 1,450,000"):
+        assert gsm8k.correct(rule, text, label), label
+        assert not gsm8k.correct(rule, "#### 5", label), label
+
+
+@pytest.mark.parametrize("label", ["", "eighteen", "18 dollars", "#### none", "1,45"])
+def test_label_that_is_no_number_is_refused(label):
+    with pytest.raises(ValueError, match="neither a number nor a solution"):
+        gsm8k.correct("D", "#### 18", label)
+
+
+def test_unknown_rule_is_refused_by_name():
+    with pytest.raises(ValueError, match="unknown rule 'E'. Known rules: A, B, C, D"):
+        gsm8k.correct("E", "#### 1", "1")
+
+
+N = 100_000
+ADVERSARIAL = {
+    "digits": "1" * N,
+    "digits then a letter": "1" * N + "x",
+    "thousands groups": "1,111" * (N // 5),
+    "groups that end wrong": "1" + ",111" * (N // 4) + "1",
+    "commas": "," * N,
+    "dots": "." * N,
+    "signs": "-+" * (N // 2),
+    "dollars": "$" * N,
+    "hashes": "#### " * (N // 5),
+    "hashes without a space": "#" * N,
+    "boxes": "\\boxed{" * (N // 7),
+    "open braces": "\\boxed" + "{" * N,
+    "annotations never closed": "<<" * (N // 2),
+    "annotations closed too often": "<<1" * (N // 6) + ">>" * (N // 4),
+    "answer and blanks": "answer" + " " * N,
+    "many answers": "answer is " * (N // 10),
+    "newlines": "\n" * N,
+    "questions": "Question:" * (N // 9),
+}
+
+
+@pytest.mark.parametrize("text", ADVERSARIAL.values(), ids=ADVERSARIAL.keys())
+def test_scoring_100k_adversarial_characters_takes_under_a_second(text):
+    problem = gsm8k.Problem(id=1, prompt="?", solution="", label="5")
+    start = time.perf_counter()
+    gsm8k.score(problem, text, finished=True)
+    gsm8k.score(problem, text, finished=False, reward=True)
+    gsm8k.strip_calculator(text)
+    assert time.perf_counter() - start < 1
+
+
+PROBLEM = gsm8k.Problem(id=1, prompt="How many?", solution="#### 24", label="24")
+
+
+def test_score_reports_all_rules_and_the_headline_one():
+    text = "That makes <<48/2=24>>24.\n#### $24.00"
+    result = gsm8k.score(PROBLEM, text, finished=True)
+    assert result["answers"] == {"A": None, "B": None, "C": "24.00", "D": "24"}
+    assert result["correct"] == {"A": False, "B": False, "C": False, "D": True}
+    assert (result["rule"], result["answer"], result["score"], result["finished"]) == ("D", "24", 1.0, True)
+    assert gsm8k.score(PROBLEM, text, True, rule="A")["score"] == 0.0
+    with pytest.raises(ValueError, match="unknown rule"):
+        gsm8k.score(PROBLEM, text, True, rule="tolerant")
+
+
+def test_last_number_of_an_unfinished_text_earns_no_reward():
+    rambling = "First 48/2 = 24 and then we take"
+    assert gsm8k.score(PROBLEM, rambling, finished=True, reward=True)["score"] == 1.0
+    assert gsm8k.score(PROBLEM, rambling, finished=False, reward=True)["answer"] is None
+    assert gsm8k.score(PROBLEM, rambling, finished=False)["score"] == 1.0  # shown, not trained on
+
+
+def test_number_cut_at_the_end_of_an_unfinished_text_earns_no_reward():
+    assert gsm8k.score(PROBLEM, "#### 24", finished=False, reward=True)["score"] == 0.0  # could have become 240
+    assert gsm8k.score(PROBLEM, "#### 24\nAnd", finished=False, reward=True)["score"] == 1.0
+    assert gsm8k.score(PROBLEM, "The answer is 24 in", finished=False, reward=True)["score"] == 1.0
+
+
+def test_strip_calculator_leaves_the_text_that_people_read():
+    assert gsm8k.strip_calculator("48/2 = $<<48/2=24>>24, 24+1 = <<24+1=25>>25") == "48/2 = $24, 24+1 = 25"
+    assert gsm8k.strip_calculator("a << b, 2 >> 1") == "a  1"
+    assert gsm8k.strip_calculator("open <<1+1\n>> x") == "open <<1+1\n>> x"
+
+
+# --- reading files ----------------------------------------------------------------------------------------------
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_list_and_lines_and_official_field_names_load_alike(tmp_path):
+    ours = [{"instruction": f"How many, {i}?", "output": f"{i}+1 = {i + 1}\n#### {i + 1}"} for i in range(3)]
+    official = [{"question": record["instruction"], "answer": record["output"]} for record in ours]
+    as_list = write(tmp_path / "a.json", json.dumps(ours, indent=2))
+    as_lines = write(tmp_path / "b.json", "\n".join(map(json.dumps, official)) + "\n")
+    problems = gsm8k.load(as_list)
+    assert problems == gsm8k.load(as_lines)
+    assert problems[2] == gsm8k.Problem(3, "How many, 2?", "2+1 = 3\n#### 3", "3")
+    with pytest.raises(AttributeError):
+        problems[0].label = "4"
+
+
+def test_line_separators_inside_a_record_do_not_split_it(tmp_path):
+    """str.splitlines() also splits at U+2028, which JSON allows unescaped inside text."""
+    lines = ['{"question": "How\u2028many?", "answer": "#### 1"}\r', "", '{"question": "b", "answer": "#### 2"}']
+    file = write(tmp_path / "a.jsonl", "\n".join(lines))
+    assert [(p.id, p.prompt) for p in gsm8k.load(file)] == [(1, "How\u2028many?"), (3, "b")]
+
+
+def test_label_field_may_replace_the_last_line_but_not_contradict_it(tmp_path):
+    records = [{"instruction": "a", "label": "1,200"}, {"instruction": "b", "output": "is 3", "label": 3}]
+    file = write(tmp_path / "a.json", json.dumps(records))
+    assert [(p.solution, p.label) for p in gsm8k.load(file)] == [("", "1200"), ("is 3", "3")]
+    file = write(tmp_path / "b.json", '[{"instruction": "a", "output": "#### 4", "label": "5"}]')
+    with pytest.raises(ValueError, match='record 1: "label" says 5 but "output" ends in #### 4'):
+        gsm8k.load(file)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "no records"),
+        ("[]", "no records"),
+        (
+            '[{"instruction": "a", "output": "#### 1"}, {"instruction": "b", "answer": "2"}]',
+            'record 2: missing "output" (keys: instruction, answer)',
+        ),
+        (
+            '{"question": "a", "answer": "#### 1"}\n{"answer": "#### 1"}',
+            'record 2: missing "instruction" (keys: answer)',
+        ),
+        ('{"question": "a"}', 'record 1: missing "answer" (keys: question)'),
+        ('[\n{"instruction": "a",\n "output" "#### 1"}]', "line 3, column 11: not valid JSON"),
+        ('{"question": "a", "answer": "#### 1"}\n{oops}', "line 2, column 2: not valid JSON"),
+        ('["a"]', "record 1: expected an object"),
+        ('[{"instruction": 5, "output": "#### 1"}]', 'record 1: "instruction" must be text, got \'5\''),
+        ('[{"instruction": " ", "output": "#### 1"}]', 'record 1: "instruction" is empty'),
+        ('[{"instruction": "a", "output": "it is 1"}]', 'record 1: "output" has no line "#### number"'),
+        ('[{"instruction": "a", "output": "#### one"}]', "record 1: label '#### one' is neither a number"),
+    ],
+)
+def test_bad_file_is_reported_with_its_place(tmp_path, text, message):
+    file = write(tmp_path / "bad.json", text)
+    with pytest.raises(ValueError) as caught:
+        gsm8k.load(file)
+    assert message in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+def test_missing_file_says_where_problems_come_from(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.json: no such file.*dataset/GSM8K"):
+        gsm8k.load(tmp_path / "nowhere.json")
+
+
+def test_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    file = write(tmp_path / "a.json", '\ufeff[{"instruction": "a", "output": "#### 1"}]')
+    assert gsm8k.load(file)[0].label == "1"
+
+
+def test_file_in_another_encoding_is_refused_by_name(tmp_path):
+    file = tmp_path / "latin.json"
+    file.write_bytes('[{"instruction": "caf\xe9", "output": "#### 1"}]'.encode("latin-1"))
+    with pytest.raises(ValueError, match="latin.json: not UTF-8"):
+        gsm8k.load(file)
+
+
+def test_rule_a_equals_rule_d_on_every_official_reference_solution():
+    file = os.environ.get("GSM8K_TRAIN")
+    if not file:
+        pytest.skip("set GSM8K_TRAIN to the official train.jsonl (https://github.com/openai/grade-school-math)")
+    problems = gsm8k.load(file)
+    assert len(problems) == 7473
+    for problem in problems:
+        assert gsm8k.extract_original(problem.solution) == gsm8k.extract_tolerant(problem.solution) == problem.label
+        assert all(gsm8k.score(problem, problem.solution, finished=True)["correct"].values()), problem
+        assert "<<" not in gsm8k.strip_calculator(problem.solution)
+
+
+# --- the table of tasks -----------------------------------------------------------------------------------------
+
+
+def test_get_task_finds_gsm8k_and_suggests_the_nearest_name():
+    assert get_task("GSM8K") is TASKS["GSM8K"] is gsm8k
+    with pytest.raises(ValueError, match="unknown task 'gsm8'. Known tasks: GSM8K. Did you mean 'GSM8K'?"):
+        get_task("gsm8")
+
+
+def test_importing_the_task_loads_no_torch():
+    code = "import sys, llama_rlhf.tasks, llama_rlhf.scoring; sys.exit('torch' in sys.modules)"
+    root = Path(__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

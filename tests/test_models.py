@@ -1,0 +1,122 @@
+"""Our decoder computes what transformers computes, at any number of ranks. fp32; logits within 1e-4 (sums in another order)."""
+
+
+import pytest
+import torch
+from ranks import run_ranks
+from toys import MODELS, logits_of, make_hf
+
+ROWS = [[5, 17, 90, 3, 3, 64, 20], [42], [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20]]
+# max |difference| allowed against transformers, in fp32
+TOLERANCE = 1e-4
+
+
+def ours_on_this_rank(folder, rows, prompts, eos):
+    from llama_rlhf.checkpoint.shards import load_model
+    from llama_rlhf.generation import generate
+    from llama_rlhf.parallel import groups
+    groups.initialize(device="cpu")
+    model = load_model(folder)
+    sizes = sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        logits = logits_of(model, rows)
+    texts = generate(model, prompts, eos_ids=eos, max_new_tokens=20, max_batch_size=2, with_logprobs=True)
+    groups.shutdown()
+    return logits.tolist(), [row[0].tokens for row in texts], [row[0].logprobs for row in texts], sizes
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_greedy_text_equal_transformers(name, tmp_path):
+    reference = make_hf(tmp_path, name)
+    eos = (7, 8)
+    with torch.no_grad():
+        expected = torch.cat([reference(torch.tensor([row])).logits[0] for row in ROWS])
+        texts = [reference.generate(torch.tensor([row]), do_sample=False, max_new_tokens=20, eos_token_id=list(eos), pad_token_id=0)
+                 [0, len(row):].tolist() for row in ROWS]
+    for n in (1, 2, 3, 4):
+        for logits, tokens, logprobs, _ in run_ranks(n, ours_on_this_rank, str(tmp_path), ROWS, ROWS, eos):
+            assert (torch.tensor(logits) - expected).abs().max() < TOLERANCE, (name, n)
+            assert tokens == texts, (name, n)
+            for row, new, values in zip(ROWS, tokens, logprobs):    # the logprobs that come with the tokens are the model's
+                with torch.no_grad():
+                    full = reference(torch.tensor([row + new])).logits[0].log_softmax(-1)
+                wanted = full[len(row) - 1:-1].gather(1, torch.tensor(new)[:, None])[:, 0]
+                assert (torch.tensor(values) - wanted).abs().max() < TOLERANCE
+
+
+def test_no_rank_holds_more_than_its_part(tmp_path):
+    """Two ranks of a model whose sizes all divide hold half of every matrix each: replicated norms are all that repeats."""
+    reference = make_hf(tmp_path, "llama-2-like")
+    total = sum(p.numel() for p in reference.parameters())
+    norms = sum(p.numel() for p in reference.parameters() if p.dim() == 1)
+    for *_, sizes in run_ranks(2, ours_on_this_rank, str(tmp_path), ROWS, [], (7,)):
+        assert sizes == (total - norms) // 2 + norms
+
+
+def test_sliding_window_sees_exactly_w_keys(world_of_one, tmp_path):
+    """Off by one is invisible in short texts: with W=4, position 4 must not depend on token 0, position 3 must."""
+    from llama_rlhf.checkpoint.shards import load_model
+    make_hf(tmp_path, "mistral-window", num_hidden_layers=1)
+    model = load_model(str(tmp_path))
+    with torch.no_grad():
+        a, b = logits_of(model, [[1, 2, 3, 4, 5, 6]]), logits_of(model, [[9, 2, 3, 4, 5, 6]])
+    assert torch.equal(a[4:], b[4:])
+    assert (a[:4] - b[:4]).abs().amax(-1).min() > 1e-3
+
+
+def test_rows_do_not_see_each_other(world_of_one, tmp_path):
+    from llama_rlhf.checkpoint.shards import load_model
+    make_hf(tmp_path, "llama")
+    model = load_model(str(tmp_path))
+    with torch.no_grad():
+        a, b = logits_of(model, [[1, 2, 3], [4, 5, 6, 7]]), logits_of(model, [[9, 9, 9], [4, 5, 6, 7]])
+    assert torch.equal(a[3:], b[3:])
+    assert not torch.equal(a[:3], b[:3])
+
+
+def test_padded_and_packed_attention_agree(world_of_one):
+    """CUDA takes the padded form, a CPU the packed one: one program, so they must be interchangeable."""
+    from llama_rlhf.models.transformer import _padded_attention, packed_attention
+    torch.manual_seed(0)
+    lengths = [5, 1, 9]
+    q, k, v = (torch.randn(15, heads, 8) for heads in (4, 2, 2))
+    for window in (None, 3):
+        a = packed_attention(q, k, v, lengths, None, window)
+        b = _padded_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), lengths, True, window)
+        assert (a - b).abs().max() < 1e-6
+
+
+def test_presets_have_the_published_parameter_counts():
+    """Counts: Hugging Face model pages and index files (total_size / 2 bytes)."""
+    from llama_rlhf.models import PRESETS
+    published = {"llama-1-7b": 6738415616, "llama-1-13b": 13015864320, "llama-1-33b": 32528943616, "llama-2-7b": 6738415616,
+                 "llama-2-13b": 13015864320, "llama-2-70b": 68976648192, "mistral-7b-instruct-v0.2": 7241732096,
+                 "qwen-7b": 7721324544, "qwen-14b": 14167290880, "qwen-72b": 72287920128, "tinyllama-1.1b": 1100048384,
+                 "llama-3-8b": 8030261248, "llama-3.2-1b": 1235814400, "qwen2.5-0.5b": 494032768, "qwen2.5-7b": 7615616512,
+                 "qwen3-0.6b": 596049920, "smollm2-135m": 134515008}
+    assert {name: PRESETS[name].n_parameters for name in published} == published
+
+
+@pytest.mark.parametrize("n", range(1, 17))
+def test_every_row_belongs_to_exactly_one_rank(n):
+    from llama_rlhf.models import PRESETS
+    from llama_rlhf.parallel.partition import Partition
+    for name, config in PRESETS.items():
+        if n > config.n_heads:
+            with pytest.raises(ValueError, match=f"{config.n_heads} attention heads cannot be cut for {n} ranks"):
+                Partition(config, n)
+            continue
+        plan = Partition(config, n)
+        for kind, ranges in plan.owned.items():
+            assert [ranges[0][0], *(stop for _, stop in ranges)] == [*(start for start, _ in ranges), plan.full[kind]], (name, kind)
+        for rank in range(n):           # each query finds its own kv head among those its rank holds
+            first = plan.kv_heads[rank][0]
+            wanted = [h * config.n_kv_heads // config.n_heads for h in range(*plan.heads[rank])]
+            assert [first + i for i in plan.kv_of_query(rank)] == wanted, (name, n, rank)
+
+
+def test_rotary_table_keeps_fp32_angles_for_bf16_models():
+    """bf16 cannot tell position 257 from 256: the angle must be computed in fp32 and only its cosine rounded."""
+    from llama_rlhf.models.transformer import rotary_table
+    cos, _ = rotary_table(torch.tensor([256, 257]), torch.tensor([1.0]), torch.bfloat16)
+    assert (cos[:, 0, 0].float() - torch.tensor([256.0, 257.0]).cos()).abs().max() < 4e-3

@@ -1,0 +1,202 @@
+"""The same training at 1, 2 and 3 ranks, however the batch is split; and the losses against plain formulas."""
+
+import pytest
+import torch
+from ranks import run_ranks
+from toys import make_hf
+
+# (tokens, prompt length): responses of unequal length, so that a mean of means would differ from the true mean
+ROWS = [([1, 5, 6, 7, 8, 9, 10, 11], 3), ([2, 3, 4], 2), ([12, 13, 14, 15, 16, 17], 1), ([20, 21, 22, 23], 2)]
+
+
+def train(folder, lora_rank, splits, n_steps, tp=-1, dtype="float32"):
+    """n_steps of AdamW on ROWS; returns merged gradients of the first step, weights after the last, losses, norms."""
+    from llama_rlhf.checkpoint.shards import load_model
+    from llama_rlhf.parallel import groups
+    from llama_rlhf.parallel.layers import Lora, piece_of, walk
+    from llama_rlhf.trainer import Trainer, response_logprobs
+    groups.initialize(tp, device="cpu")
+    model = load_model(folder, lora=Lora(lora_rank, 8.0) if lora_rank > 0 else None, dtype=getattr(torch, dtype), seed=3)
+    # Adam's first step is the sign of the gradient: where that is rounding noise, so is the step. A large eps damps it
+    trainer = Trainer(model, lr=1e-2, eps=1e-3, total_steps=n_steps, weight_decay=0.1, max_grad_norm=0.5)
+    mine = [batch[groups.dp_rank()::groups.dp_size()] for batch in splits]
+    first = {}
+
+    def keep_gradients(update):
+        def wrapped(lr, clip):
+            for *_, parameter, pieces in walk(model):
+                if parameter.requires_grad:
+                    for native, piece in pieces:
+                        first.setdefault(native, (piece_of(trainer.gradient_of(parameter), piece, owned=True).tolist(), piece.dim))
+            update(lr, clip)
+        return wrapped
+
+    trainer._update = keep_gradients(trainer._update)
+    results = [trainer.step(mine, lambda batch: -response_logprobs(model, [ROWS[i][0] for i in batch], [ROWS[i][1] for i in batch]).sum(),
+                            lambda batch: sum(len(ROWS[i][0]) - ROWS[i][1] for i in batch)) for _ in range(n_steps)]
+    weights = {native: (piece_of(parameter.detach().float(), piece, owned=True).tolist(), piece.dim)
+               for *_, parameter, pieces in walk(model) for native, piece in pieces}
+    replicated = {native: parameter.detach().float().numpy().tobytes() for name, _, _, parameter, pieces in walk(model)
+                  for native, piece in pieces if piece.dim is None}
+    shared = {native: piece_of(parameter.detach().float(), piece).tolist() for *_, parameter, pieces in walk(model)
+              for native, piece in pieces if piece.shared}
+    held = {native: piece.held for *_, pieces in walk(model) for native, piece in pieces if piece.shared}
+    groups.shutdown()
+    return first, weights, [r.loss for r in results], [r.grad_norm for r in results], replicated, shared, held
+
+
+def merged(outputs, which):
+    """{native name: full tensor} from what each rank owns."""
+    full = {}
+    for native, (_, dim) in outputs[0][which].items():
+        parts = [torch.tensor(output[which][native][0]) for output in outputs]
+        full[native] = parts[0] if dim is None else torch.cat([p for p in parts if p.numel()], dim)
+    return full
+
+
+@pytest.mark.parametrize("name,lora_rank", [("llama", -1), ("llama", 3), ("llama-9-3", -1), ("llama-9-3", 3), ("llama-tied-scaled", -1),
+                                            ("qwen2", -1), ("qwen3", -1), ("qwen3", 3)])
+def test_gradients_and_three_steps_are_the_same_at_1_2_3_ranks(name, lora_rank, tmp_path):
+    """Uneven heads, shared kv heads, biases, per-head norms, adapters: 1e-5 in fp32. Replicas must agree to the bit."""
+    make_hf(tmp_path, name)
+    one = run_ranks(1, train, str(tmp_path), lora_rank, [[0, 1, 2, 3]], 3)
+    for n in (2, 3, 5):
+        many = run_ranks(n, train, str(tmp_path), lora_rank, [[0, 1, 2, 3]], 3)
+        for which in (0, 1):
+            a, b = merged(one, which), merged(many, which)
+            assert a.keys() == b.keys()
+            for native in a:
+                assert a[native].shape == b[native].shape, native
+                assert (a[native] - b[native]).abs().max() < 1e-5, (("gradient", "weight")[which], native, n)
+        assert torch.allclose(torch.tensor(one[0][2]), torch.tensor(many[0][2]), atol=1e-5)
+        assert torch.allclose(torch.tensor(one[0][3]), torch.tensor(many[0][3]), rtol=1e-4)
+        for output in many[1:]:
+            assert output[4] == many[0][4], "replicated parameters differ in bits"
+            assert output[3] == many[0][3], "the gradient norm differs between ranks"
+        for native in many[0][5]:       # a kv head on several ranks stays one head
+            rows = {}
+            for output in many:
+                for row, values in zip(range(*output[6][native]), output[5][native]):
+                    assert rows.setdefault(row, values) == values, (native, row)
+
+
+@pytest.mark.parametrize("splits", [[[0], [1], [2], [3]], [[3, 1], [0, 2]], [[0, 1, 2], [3]], [[0, 1, 2, 3], []]])
+def test_any_split_into_micro_batches_gives_the_same_gradient(splits, tmp_path):
+    make_hf(tmp_path, "llama")
+    whole, = run_ranks(1, train, str(tmp_path), -1, [[0, 1, 2, 3]], 1)
+    split, = run_ranks(1, train, str(tmp_path), -1, splits, 1)
+    assert abs(whole[2][0] - split[2][0]) < 1e-5
+    for native in whole[0]:
+        assert (torch.tensor(whole[0][native][0]) - torch.tensor(split[0][native][0])).abs().max() < 1e-6, native
+
+
+def test_data_parallel_equals_one_replica(tmp_path):
+    """2 replicas x 1 rank and 2 replicas x 2 ranks, with a batch that gives the replicas unequal token counts."""
+    make_hf(tmp_path, "llama")
+    one = run_ranks(1, train, str(tmp_path), -1, [[0, 1, 2, 3]], 3, 1)
+    for n, tp in ((2, 1), (4, 2)):
+        many = run_ranks(n, train, str(tmp_path), -1, [[0, 1, 2, 3]], 3, tp)
+        a, b = merged(one, 1), merged(many[:tp], 1)
+        for native in a:
+            assert (a[native] - b[native]).abs().max() < 1e-5, native
+        assert many[0][1] == many[tp][1], "replicas drifted apart"
+
+
+def test_bf16_training_follows_fp32_through_master_weights(world_of_one, tmp_path):
+    """1000 steps at lr 1e-6: plain bf16 weights would not move (an update is far below their spacing); masters do."""
+    from llama_rlhf.trainer import Trainer
+
+    class Line(torch.nn.Module):
+        def __init__(self, dtype):
+            super().__init__()
+            self.w = torch.nn.Parameter((torch.arange(1, 65, dtype=torch.float32) / 64).bfloat16().to(dtype))
+
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        line = Line(dtype)
+        start = line.w.detach().float().clone()
+        trainer = Trainer(line, lr=1e-6, total_steps=1000, schedule="constant", weight_decay=0.0)
+        for _ in range(1000):
+            trainer.step([0], lambda _: line.w.float().sum(), lambda _: 1)
+        moved[dtype] = (trainer.masters[0].detach() - start).mean().item()
+    assert abs(moved[torch.float32] + 1e-3) < 1e-5
+    assert abs(moved[torch.bfloat16] - moved[torch.float32]) < 1e-5
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(world_of_one):
+    from llama_rlhf.trainer import Trainer
+    line = torch.nn.Linear(2, 1)
+    before = [p.detach().clone() for p in line.parameters()]
+    trainer = Trainer(line, lr=0.1, total_steps=5, max_skipped_steps=2)
+    bad = lambda _: line(torch.tensor([[float("nan"), 1.0]])).sum()  # noqa: E731
+    assert trainer.step([0], bad, lambda _: 1).skipped
+    assert all(torch.equal(a, b) for a, b in zip(before, line.parameters()))
+    with pytest.raises(RuntimeError, match="2 steps in a row"):
+        trainer.step([0], bad, lambda _: 1)
+
+
+def test_chunked_logprobs_and_entropy_equal_the_dense_formula(world_of_one, monkeypatch):
+    from llama_rlhf import losses
+    monkeypatch.setattr(losses, "_CHUNK_BYTES", 500)
+    monkeypatch.setattr(losses, "_MIN_CHUNK", 3)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(11, 8, requires_grad=True), torch.randn(37, 8, requires_grad=True)
+    targets, a, b = torch.randint(0, 37, (11,)), torch.randn(11), torch.randn(11)
+    logprobs, entropy = losses.token_logprobs(hidden, weight, targets, temperature=0.7, with_entropy=True)
+    got = torch.autograd.grad((logprobs * a + entropy * b).sum(), (hidden, weight))
+    dense = (hidden @ weight.t() / 0.7).log_softmax(-1)
+    expected = dense.gather(1, targets[:, None])[:, 0], -(dense.exp() * dense).sum(-1)
+    for x, y in zip((logprobs, entropy), expected):
+        assert (x - y).abs().max() < 1e-5
+    for x, y in zip(got, torch.autograd.grad((expected[0] * a + expected[1] * b).sum(), (hidden, weight))):
+        assert (x - y).abs().max() < 1e-4
+
+
+def test_published_vectors(world_of_one):
+    """Logits [2,1,0]: log-probabilities and entropy at T 1 and 0.7, computed by hand in float64."""
+    from llama_rlhf.losses import token_logprobs
+    weight, hidden = torch.tensor([[2.0], [1.0], [0.0]]), torch.ones(3, 1)
+    for t, logp, h in ((1.0, [-.40760596, -1.40760596, -2.40760596], .83239558), (0.7, [-.2601184, -1.68868983, -3.11726126], .65057265)):
+        got, entropy = token_logprobs(hidden, weight, torch.arange(3), temperature=t, with_entropy=True)
+        assert (got - torch.tensor(logp)).abs().max() < 1e-6
+        assert (entropy - h).abs().max() < 1e-6
+
+
+def test_prediction_rows_shift_by_one():
+    from llama_rlhf.losses import prediction_rows
+    states, tokens = prediction_rows([4, 3], [2, 1])
+    assert tokens.tolist() == [2, 3, 5, 6] and states.tolist() == [1, 2, 4, 5]
+    with pytest.raises(ValueError, match="at least one prompt token"):
+        prediction_rows([3], [0])
+
+
+def test_schedule_values():
+    """Warm-up 5, total 20, cosine: by hand from the formula."""
+    from llama_rlhf.trainer import learning_rate
+    rate = lambda step, **more: learning_rate(step, peak=1.0, total_steps=20, warmup_steps=5, **more)  # noqa: E731
+    assert [round(rate(s), 6) for s in (0, 4, 5, 10, 15, 20)] == [0.2, 1.0, 1.0, 0.75, 0.25, 0.0]
+    assert rate(12.5, schedule="linear") == 0.5 and rate(20, final_ratio=0.1) == 0.1
+
+
+def collectives(folder, lora_rank):
+    from llama_rlhf.checkpoint.shards import load_model
+    from llama_rlhf.parallel import groups
+    from llama_rlhf.parallel.layers import Lora
+    from llama_rlhf.parallel.regions import traffic
+    from llama_rlhf.trainer import response_logprobs
+    groups.initialize(device="cpu")
+    model = load_model(folder, lora=Lora(lora_rank, 8.0) if lora_rank > 0 else None)
+    traffic.clear()
+    loss = -response_logprobs(model, [ROWS[0][0]], [ROWS[0][1]]).sum()
+    forward = traffic["all_reduce"]
+    loss.backward()
+    groups.shutdown()
+    return forward, traffic["all_reduce"] - forward
+
+
+def test_two_all_reduces_per_layer_each_way(tmp_path):
+    """Forward: 2 per layer, 1 for the embedding, 2 small ones in the loss. Backward, all weights: 2 per layer, 1 for the head's
+    input. With adapters the first layer's input needs no gradient: its q,k,v entry reduces nothing."""
+    make_hf(tmp_path, "llama")          # 2 layers
+    assert run_ranks(2, collectives, str(tmp_path), -1) == [(2 * 2 + 1 + 2, 2 * 2 + 1)] * 2
+    assert run_ranks(2, collectives, str(tmp_path), 4) == [(2 * 2 + 1 + 2, 2 * 2 + 1 - 1)] * 2
