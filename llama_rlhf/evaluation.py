@@ -1,0 +1,121 @@
+"""Answer a task's problems with a policy and score the answers: the loop behind solver_evaluate.py and the training scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+from llama_rlhf.data import encode_prompt
+from llama_rlhf.generation import Statistics, generate
+from llama_rlhf.models.transformer import CausalLM
+from llama_rlhf.parallel import groups
+from llama_rlhf.sampling import Sampling
+from llama_rlhf.scoring import pass_at_k, wilson_interval
+
+
+def check_vocabulary(tokenizer, model, where: str) -> None:
+    """A tokenizer with more ids than the model has rows would look up rows that do not exist."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"{where}: the tokenizer knows {tokenizer.vocab_size} ids, the model has {model.config.vocab_size} rows. "
+                         "They belong to different models; check the tokenizer files beside the checkpoint.")
+
+
+def encode_problems(tokenizer, problems, label_file: str, max_seq_len: int, **prompt_options) -> list[list[int]]:
+    """Prompt ids of every problem; ValueError naming the record whose prompt leaves no room for an answer."""
+    prompts = []
+    for problem in problems:
+        ids = encode_prompt(tokenizer, problem.prompt, **prompt_options)
+        if len(ids) >= max_seq_len:
+            raise ValueError(f"{label_file}, record {problem.id}: the prompt has {len(ids)} tokens, max_seq_len is {max_seq_len}. "
+                             "Raise --max_seq_len (the model allows up to its own length), or shorten or remove the record.")
+        prompts.append(ids)
+    return prompts
+
+
+def evaluate(model: CausalLM, tokenizer, task, problems, prompts: list[list[int]], *, rule: str, max_batch_size: int, max_new_tokens: int,
+             max_seq_len: int, n_samples: int = 1, sampling: Sampling = Sampling(), samples_file: str | None = None,
+             progress: bool = True) -> dict:
+    """Collective. Generate for every problem, score by the task's rules, write one json line per answer, return the metrics.
+
+    Data-parallel replicas share the problems. The metrics are the same on every rank; accuracy counts all answers.
+    """
+    bar = None
+    if progress and groups.is_main():
+        import sys
+
+        from tqdm import tqdm
+        bar = tqdm(total=0, unit="answer", mininterval=0.3 if sys.stderr.isatty() else 10.0, dynamic_ncols=True)
+
+    statistics = Statistics()
+
+    def on_step(done, total):
+        if bar is not None and done != bar.n:
+            bar.total = total
+            bar.update(done - bar.n)
+
+    mine = range(groups.dp_rank(), len(problems), groups.dp_size())
+    started = time.perf_counter()
+    completions = generate(model, [prompts[i] for i in mine], eos_ids=tokenizer.eos_ids, max_new_tokens=max_new_tokens,
+                           max_batch_size=max_batch_size, max_seq_len=max_seq_len, n_samples=n_samples,
+                           sampling=sampling, on_step=on_step, statistics=statistics)
+    rows = []
+    for i, samples in zip(mine, completions):
+        for completion in samples:
+            text = tokenizer.decode(completion.tokens)
+            score = task.score(problems[i], text, completion.finished, rule=rule)
+            rows.append({"id": problems[i].id, "sample": completion.sample, "prompt": problems[i].prompt, "response": text,
+                         "answer": score["answer"], "label": problems[i].label, "correct": bool(score["score"]),
+                         "finished": completion.finished, "n_tokens": len(completion.tokens), "answers": score["answers"],
+                         "correct_by_rule": score["correct"]})
+    gathered = groups.gather_objects((rows if groups.tp_rank() == 0 else [], statistics if groups.tp_rank() == 0 else None))
+    seconds = time.perf_counter() - started
+    if bar is not None:
+        bar.close()
+    rows = sorted((row for part, _ in gathered for row in part), key=lambda row: (row["id"], row["sample"]))
+    per_replica = [s for _, s in gathered if s is not None]
+    if samples_file is not None:
+        with groups.together(f"writing {samples_file}"):
+            if groups.is_main():
+                os.makedirs(os.path.dirname(os.path.abspath(samples_file)), exist_ok=True)
+                with open(samples_file + ".part", "w") as file:
+                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                os.replace(samples_file + ".part", samples_file)
+    return {**summarize(rows, rule), "new_tokens": sum(s.new_tokens for s in per_replica),
+            "prompt_tokens": sum(s.prompt_tokens for s in per_replica), "seconds": round(seconds, 2),
+            "tokens_per_second": round(sum(s.new_tokens for s in per_replica) / seconds, 1),
+            "cache_mb": round(per_replica[0].cache_bytes / 1e6, 1)}
+
+
+def summarize(rows: list[dict], rule: str) -> dict:
+    """Accuracy = correct / all answers, with its Wilson interval, under every rule; shares and lengths."""
+    n, right = len(rows), sum(row["correct"] for row in rows)
+    low, high = wilson_interval(right, n)
+    rules = {}
+    for name in (rows[0]["correct_by_rule"] if rows else ()):
+        hits = sum(row["correct_by_rule"][name] for row in rows)
+        rules[name] = {"accuracy": hits / n, "correct": hits, "interval": list(wilson_interval(hits, n))}
+    groups_of = {}
+    for row in rows:
+        groups_of.setdefault(row["id"], []).append(row["correct"])
+    sizes = {len(group) for group in groups_of.values()}
+    passes = {}
+    if len(sizes) == 1 and (k_max := sizes.pop()) > 1:
+        for k in sorted({1, *(2 ** i for i in range(1, 12) if 2 ** i <= k_max), k_max}):
+            passes[str(k)] = sum(pass_at_k(k_max, sum(group), k) for group in groups_of.values()) / len(groups_of)
+    return {"rule": rule, "accuracy": right / n if n else 0.0, "interval": [low, high], "correct": right, "n": n, "rules": rules,
+            "finished_share": sum(row["finished"] for row in rows) / n if n else 0.0,
+            "mean_tokens": sum(row["n_tokens"] for row in rows) / n if n else 0.0, **({"pass_at_k": passes} if passes else {})}
+
+
+def show(metrics: dict) -> str:
+    """The metrics in a few lines for people."""
+    low, high = metrics["interval"]
+    lines = [f"accuracy {metrics['accuracy']:.1%} ({metrics['correct']}/{metrics['n']}), 95 % interval {low:.1%} to {high:.1%}, "
+             f"rule {metrics['rule']}",
+             "by rule: " + ", ".join(f"{name} {value['accuracy']:.1%}" for name, value in metrics["rules"].items()),
+             f"finished {metrics['finished_share']:.1%}, {metrics['mean_tokens']:.0f} tokens per answer, "
+             f"{metrics['tokens_per_second']} tokens/s, {metrics['seconds']} s"]
+    if "pass_at_k" in metrics:
+        lines.append("pass@k: " + ", ".join(f"{k}: {value:.1%}" for k, value in metrics["pass_at_k"].items()))
+    return "\n".join(lines)

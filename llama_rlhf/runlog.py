@@ -1,0 +1,75 @@
+"""What a run leaves behind: run.json (arguments, environment), metrics.jsonl (one line per interval), and a progress line."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import resource
+import sys
+import time
+
+import torch
+
+from llama_rlhf import __version__, cli
+from llama_rlhf.parallel import groups
+
+
+class RunLog:
+    """Rank 0 writes; the other ranks call the same methods, which do nothing there.
+
+    log_dir: made if needed. An older metrics.jsonl in it is appended to, each line naming its run by the start time.
+    """
+
+    def __init__(self, log_dir: str, *, total: int, unit: str = "step"):
+        self.log_dir, self.total, self.unit = log_dir, total, unit
+        self.started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        self._bar = self._metrics = None
+        if not groups.is_main():
+            return
+        from tqdm import tqdm
+        os.makedirs(log_dir, exist_ok=True)
+        with open(os.path.join(log_dir, "run.json"), "w") as file:
+            json.dump({"script": os.path.basename(sys.argv[0]), "arguments": cli.resolved, "started": self.started,
+                       "environment": environment()}, file, indent=1)
+        self._metrics = open(os.path.join(log_dir, "metrics.jsonl"), "a")
+        # a terminal gets a moving line, a file one line in ten seconds at most
+        self._bar = tqdm(total=total, unit=unit, mininterval=0.3 if sys.stderr.isatty() else 10.0, dynamic_ncols=True)
+
+    def advance(self, n: int = 1, **shown) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(n)
+
+    def record(self, kind: str, **values) -> None:
+        """One line of metrics.jsonl. Numbers that are not finite are written as null: json has no NaN."""
+        if self._metrics is not None:
+            clean = {key: None if isinstance(v, float) and v - v != 0 else v for key, v in values.items()}
+            self._metrics.write(json.dumps({"kind": kind, "time": round(time.time(), 3), "run": self.started, **clean}) + "\n")
+            self._metrics.flush()
+
+    def write(self, text: str) -> None:
+        """Print above the progress line."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._metrics.close()
+
+
+def environment() -> dict:
+    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"llama_rlhf": __version__, "torch": torch.__version__, "python": platform.python_version(), "machine": platform.platform(),
+            "cores": os.cpu_count(), "threads": torch.get_num_threads(), "cuda": cuda, "processes": groups.world_size(),
+            "tensor_parallel": groups.tp_size(), "data_parallel": groups.dp_size()}
+
+
+def peak_memory_gb() -> float:
+    """Peak of this process: device memory on CUDA, resident memory on a CPU. GB = 1e9 bytes."""
+    if groups.device().type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,108 @@
+"""Generate answers for a task and score them."""
+
+from llama_rlhf.cli import run
+
+
+def main(
+    *,
+    ckpt_dir: str,
+    task: str = "GSM8K",
+    label_file: str = "dataset/GSM8K/test.json",
+    log_dir: str = "",
+    model_type: str = "",
+    max_batch_size: int = 64,
+    max_new_tokens: int = 256,
+    max_seq_len: int = -1,
+    limit: int = -1,
+    rule: str = "D",
+    use_chat_template: bool = False,
+    system_prompt: str | None = None,
+    num_samples_per_prompt: int = 1,
+    temperature: float = -1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    dtype: str = "auto",
+    model_parallel_size: int = -1,
+    tokenizer_file: str = "",
+    chat_format: str | None = None,
+    device: str = "auto",
+    timeout_seconds: float = 600.0,
+):
+    """Answer every problem of a file with a model and count the right answers.
+
+    Writes samples.jsonl (one answer a line) and metrics.json (accuracy with its interval, under four rules) to log_dir.
+
+    Args:
+        ckpt_dir: the model: a folder of consolidated.NN.pth, a Hugging Face folder, a single weight file, a save_dir of solver_train
+        task: what kind of problems: GSM8K
+        label_file: problems with labels, json or jsonl
+        log_dir: where to write; default: evaluate-TASK inside ckpt_dir's folder
+        model_type: a preset such as llama-2-7b, needed only when the checkpoint has no config of its own
+        max_batch_size: rows decoded together
+        max_new_tokens: longest answer, in tokens
+        max_seq_len: prompt and answer together; -1: the model's own length
+        limit: only the first so many problems; -1: all
+        rule: headline rule: A original, B strict, C flexible, D tolerant; all four are reported
+        use_chat_template: render prompts as the model's chat format does
+        system_prompt: put before every prompt
+        num_samples_per_prompt: answers per problem; more than 1 also reports pass@k
+        temperature: 0 is greedy; -1: 0 for one answer per problem, 0.7 for several
+        top_k: keep only the k most likely tokens; 0: all
+        top_p: keep the most likely tokens up to this probability
+        min_p: keep tokens at least so likely relative to the best
+        seed: of the samples
+        dtype: auto, bf16, fp16 or fp32
+        model_parallel_size: tensor-parallel ranks; -1: all processes; the rest are replicas that share the problems
+        tokenizer_file: when it is not beside the weights
+        chat_format: llama-2, mistral-v1, mistral-v3, chatml or llama-3, for a tokenizer without a template of its own
+        device: auto, cpu or cuda
+        timeout_seconds: longest wait in a collective before the run ends with an error
+    """
+    import os
+
+    from llama_rlhf.checkpoint import store
+    from llama_rlhf.checkpoint.shards import load_model
+    from llama_rlhf.evaluation import check_vocabulary, encode_problems, evaluate, show
+    from llama_rlhf.parallel import groups
+    from llama_rlhf.runlog import environment
+    from llama_rlhf.sampling import Sampling
+    from llama_rlhf.tasks import get_task
+    from llama_rlhf.tokenizer import load_tokenizer
+
+    groups.initialize(model_parallel_size, timeout_seconds=timeout_seconds, device=device)
+    ckpt_dir = store.resolve(ckpt_dir)
+    log_dir = log_dir or os.path.join(ckpt_dir if os.path.isdir(ckpt_dir) else os.path.dirname(ckpt_dir), f"evaluate-{task}")
+    if temperature < 0:
+        temperature = 0.0 if num_samples_per_prompt == 1 else 0.7
+    with groups.together("reading the problems"):
+        kind = get_task(task)
+        problems = kind.load(label_file)[:limit if limit >= 0 else None]
+        if rule not in kind.RULES:
+            raise ValueError(f"--rule {rule!r}: use one of {', '.join(kind.RULES)}")
+        if max_batch_size < 1 or max_new_tokens < 1 or num_samples_per_prompt < 1:
+            raise ValueError("--max_batch_size, --max_new_tokens and --num_samples_per_prompt must be at least 1")
+        sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+        tokenizer = load_tokenizer(tokenizer_file or ckpt_dir, chat_format=chat_format)
+    store.check_writable(log_dir)
+    model = load_model(ckpt_dir, dtype=groups.default_dtype(dtype), model_type=model_type)
+    longest = model.config.max_seq_len if max_seq_len == -1 else max_seq_len
+    with groups.together("encoding the problems"):
+        check_vocabulary(tokenizer, model, ckpt_dir)
+        prompts = encode_problems(tokenizer, problems, label_file, longest, use_chat_template=use_chat_template, system_prompt=system_prompt)
+    groups.log(f"{len(problems)} problems of {label_file}, model {ckpt_dir}: {model.config.n_parameters / 1e6:.1f} M weights, "
+               f"{groups.tp_size()} tensor-parallel x {groups.dp_size()} data-parallel ranks, {model.dtype}")
+    metrics = evaluate(model, tokenizer, kind, problems, prompts, rule=rule, max_batch_size=max_batch_size, max_new_tokens=max_new_tokens,
+                       max_seq_len=longest, n_samples=num_samples_per_prompt, sampling=sampling,
+                       samples_file=os.path.join(log_dir, "samples.jsonl"))
+    if groups.is_main():
+        from llama_rlhf.cli import resolved
+        store.write_json(os.path.join(log_dir, "metrics.json"), {**metrics, "arguments": resolved, "environment": environment()})
+    groups.log(show(metrics))
+    groups.log(f"written: {log_dir}/samples.jsonl and metrics.json")
+    groups.shutdown()
+
+
+if __name__ == "__main__":
+    run(main)

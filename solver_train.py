@@ -1,0 +1,215 @@
+"""Fine-tune a policy (the "solver") on instructions and answers."""
+
+from llama_rlhf.cli import run
+
+
+def main(
+    *,
+    ckpt_dir: str,
+    save_dir: str,
+    train_file: str = "dataset/GSM8K/train.json",
+    log_dir: str = "",
+    model_type: str = "",
+    max_batch_size: int = 6,
+    max_batch_tokens: int = -1,
+    accumulation_steps: int = 1,
+    lora_rank: int = -1,
+    lora_alpha: float = 32.0,
+    epochs: int = 2,
+    max_steps: int = -1,
+    max_seq_len: int = 1024,
+    lr: float = -1.0,
+    lr_schedule: str = "cosine",
+    warmup_ratio: float = 0.03,
+    weight_decay: float = 0.01,
+    max_grad_norm: float = 1.0,
+    train_on_prompt: bool = False,
+    use_chat_template: bool = False,
+    system_prompt: str | None = None,
+    label_file: str = "",
+    task: str = "GSM8K",
+    eval_batch_size: int = 64,
+    max_new_tokens: int = 256,
+    save_steps: int = -1,
+    log_steps: int = 10,
+    activation_checkpointing: bool = False,
+    seed: int = 0,
+    dtype: str = "auto",
+    model_parallel_size: int = -1,
+    tokenizer_file: str = "",
+    chat_format: str | None = None,
+    device: str = "auto",
+    timeout_seconds: float = 600.0,
+):
+    """Fine-tune a model on {"instruction", "output"} records; the loss is taken over the answer only.
+
+    Saves save_dir/epoch-N (and step-N), each a complete model; writes metrics.jsonl and run.json to log_dir.
+
+    Args:
+        ckpt_dir: the model: a folder of consolidated.NN.pth, a Hugging Face folder, a single weight file, an earlier save
+        save_dir: where epoch-N and step-N folders go; must not hold those of another run
+        train_file: json list or jsonl of {"instruction", "output"} (or question/answer, query/response, chat messages)
+        log_dir: default: save_dir/log
+        model_type: a preset such as llama-2-7b, needed only when the checkpoint has no config of its own
+        max_batch_size: rows per micro-batch and replica
+        max_batch_tokens: tokens per micro-batch at most; -1: no limit
+        accumulation_steps: micro-batches per optimizer step
+        lora_rank: -1 trains all weights; 16 trains adapters of that rank on every linear layer
+        lora_alpha: adapters are scaled by lora_alpha / lora_rank
+        epochs: passes over the data
+        max_steps: stop after so many optimizer steps; -1: no limit
+        max_seq_len: prompt and answer together; longer answers are cut, and counted
+        lr: peak learning rate; -1: 1e-5 for all weights, 2e-4 for adapters
+        lr_schedule: cosine, linear or constant, after the warm-up
+        warmup_ratio: share of the steps over which the rate rises
+        weight_decay: AdamW's, on matrices other than the embedding and the head
+        max_grad_norm: gradients are scaled down to this global norm; 0: never
+        train_on_prompt: take the loss over the prompt too
+        use_chat_template: render prompts as the model's chat format does
+        system_prompt: put before every prompt
+        label_file: problems to evaluate on after each epoch; default: none
+        task: what kind of problems those are
+        eval_batch_size: rows decoded together in that evaluation
+        max_new_tokens: longest answer in that evaluation
+        save_steps: also save every so many optimizer steps; -1: only at the end of epochs
+        log_steps: optimizer steps between lines of the log
+        activation_checkpointing: recompute blocks in the backward pass: less memory, about a third more time
+        seed: of the order of the data and new adapters
+        dtype: auto, bf16, fp16 or fp32; bf16 keeps fp32 master weights
+        model_parallel_size: tensor-parallel ranks; -1: all processes; the rest are data-parallel replicas
+        tokenizer_file: when it is not beside the weights
+        chat_format: llama-2, mistral-v1, mistral-v3, chatml or llama-3, for a tokenizer without a template of its own
+        device: auto, cpu or cuda
+        timeout_seconds: longest wait in a collective before the run ends with an error
+    """
+    import math
+    import os
+    import time
+
+    from llama_rlhf.checkpoint import store
+    from llama_rlhf.checkpoint.shards import load_model, save_model
+    from llama_rlhf.data import DataReport, batches, read_records, sft_examples, show_example
+    from llama_rlhf.evaluation import check_vocabulary, encode_problems, evaluate, show
+    from llama_rlhf.parallel import groups
+    from llama_rlhf.parallel.layers import Lora
+    from llama_rlhf.runlog import RunLog, peak_memory_gb
+    from llama_rlhf.tasks import get_task
+    from llama_rlhf.tokenizer import load_tokenizer
+    from llama_rlhf.trainer import Trainer, response_logprobs
+
+    groups.initialize(model_parallel_size, timeout_seconds=timeout_seconds, device=device)
+    ckpt_dir = store.resolve(ckpt_dir)
+    with groups.together("checking the arguments and the data"):
+        if lora_rank == 0 or lora_rank < -1:
+            raise ValueError(f"--lora_rank {lora_rank}: use -1 to train all weights, or a rank such as 16")
+        if min(max_batch_size, accumulation_steps, epochs, log_steps) < 1:
+            raise ValueError("--max_batch_size, --accumulation_steps, --epochs and --log_steps must be at least 1")
+        if saves := store.existing_saves(save_dir):
+            raise ValueError(f"--save_dir {save_dir} already holds {', '.join(saves[:3])} of another run. Choose another folder.")
+        tokenizer = load_tokenizer(tokenizer_file or ckpt_dir, chat_format=chat_format)
+        report = DataReport()
+        examples = sft_examples(read_records(train_file), tokenizer, max_seq_len=max_seq_len, train_on_prompt=train_on_prompt,
+                                use_chat_template=use_chat_template, system_prompt=system_prompt, report=report)
+        if not examples:
+            raise ValueError(f"{train_file}: no record is left to train on ({report}). Raise --max_seq_len.")
+        kind = get_task(task)
+        problems = kind.load(label_file) if label_file else []
+    store.check_writable(save_dir)
+    lora = Lora(lora_rank, lora_alpha) if lora_rank > 0 else None
+    model = load_model(ckpt_dir, lora=lora, dtype=groups.default_dtype(dtype), model_type=model_type, seed=seed)
+    model.checkpoint_blocks = activation_checkpointing
+    with groups.together("checking the data against the model"):
+        check_vocabulary(tokenizer, model, ckpt_dir)
+        if max_seq_len > model.config.max_seq_len:
+            raise ValueError(f"--max_seq_len {max_seq_len} is more than the model's {model.config.max_seq_len}")
+        prompts = encode_problems(tokenizer, problems, label_file, model.config.max_seq_len, use_chat_template=use_chat_template, system_prompt=system_prompt)
+
+    def epoch_of_micro_batches(epoch):
+        micro = batches(examples, max_batch_size=max_batch_size, max_batch_tokens=None if max_batch_tokens == -1 else max_batch_tokens,
+                        seed=seed, epoch=epoch, dp_rank=groups.dp_rank(), dp_size=groups.dp_size())
+        return [micro[i:i + accumulation_steps] for i in range(0, len(micro), accumulation_steps)]
+
+    steps_planned = sum(len(epoch_of_micro_batches(epoch)) for epoch in range(epochs))
+    total_steps = steps_planned if max_steps == -1 else min(steps_planned, max_steps)
+    trainer = Trainer(model, lr=lr if lr > 0 else (1e-5 if lora is None else 2e-4), total_steps=total_steps, schedule=lr_schedule,
+                      warmup_steps=math.ceil(warmup_ratio * total_steps), weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+    run_log = RunLog(log_dir or os.path.join(save_dir, "log"), total=total_steps)
+    run_log.write(f"{train_file}: {report}\n{trainer.describe()}\n{groups.tp_size()} tensor-parallel x {groups.dp_size()} data-parallel "
+                  f"ranks, {model.dtype}, {total_steps} steps\nfirst sample, trained part in brackets: {show_example(examples[0], tokenizer)}")
+
+    def loss_sum(indices):
+        rows = [examples[i] for i in indices]
+        return -response_logprobs(model, [row.tokens for row in rows], [row.prompt_len for row in rows]).sum()
+
+    def count(indices):
+        return sum(len(examples[i].tokens) - examples[i].prompt_len for i in indices)
+
+    def save(name, epoch):
+        save_model(model, os.path.join(save_dir, name), companions=os.path.dirname(tokenizer_file) or ckpt_dir,
+                   step=trainer.n_steps, epoch=epoch)
+        run_log.write(f"saved {os.path.join(save_dir, name)}")
+
+    step, since = 0, Average()
+    for epoch in range(epochs):
+        of_epoch, n_batches = Average(), epoch_of_micro_batches(epoch)
+        for micro_batches in n_batches[:total_steps - step]:
+            started = time.perf_counter()
+            result = trainer.step(micro_batches, loss_sum, count)
+            seconds, step = time.perf_counter() - started, step + 1
+            n_tokens = sum(len(examples[i].tokens) for indices in micro_batches for i in indices) * groups.dp_size()
+            for average in (since, of_epoch):
+                average.add(result, n_tokens, seconds)
+            run_log.advance(loss=f"{since.loss:.3f}", tok_s=f"{since.tokens_per_second:.0f}")
+            if step % log_steps == 0 or step == total_steps:
+                run_log.record("train", step=step, epoch=epoch + 1, loss=since.loss, perplexity=since.perplexity, lr=result.lr,
+                               grad_norm=result.grad_norm, tokens_per_second=since.tokens_per_second, skipped=trainer.skipped_steps,
+                               peak_memory_gb=peak_memory_gb())
+                run_log.write(f"step {step}/{total_steps}  loss {since.loss:.4f}  perplexity {since.perplexity:.3f}  lr {result.lr:.2e}  "
+                              f"grad_norm {result.grad_norm:.2f}  {since.tokens_per_second:.0f} tok/s  {peak_memory_gb():.2f} GB")
+                since = Average()
+            if save_steps > 0 and step % save_steps == 0 and step < total_steps:
+                save(f"step-{step}", epoch)
+        finished_epoch = len(n_batches) <= total_steps - (step - of_epoch.n_steps)
+        run_log.write(f"epoch {epoch + 1}: average loss {of_epoch.loss:.4f}, perplexity {of_epoch.perplexity:.3f} over {of_epoch.n_loss_tokens} tokens")
+        run_log.record("epoch", step=step, epoch=epoch + 1, loss=of_epoch.loss, perplexity=of_epoch.perplexity)
+        save(f"epoch-{epoch + 1}" if finished_epoch else f"step-{step}", epoch + 1 if finished_epoch else epoch)
+        if problems:
+            metrics = evaluate(model, tokenizer, kind, problems, prompts, rule="D", max_batch_size=eval_batch_size,
+                               max_new_tokens=max_new_tokens, max_seq_len=model.config.max_seq_len, progress=False,
+                               samples_file=os.path.join(run_log.log_dir, f"samples-{step}.jsonl"))
+            run_log.write(show(metrics))
+            run_log.record("evaluation", step=step, epoch=epoch + 1, **metrics)
+        if step >= total_steps:
+            break
+    run_log.close()
+    groups.shutdown()
+
+
+class Average:
+    """Token-weighted mean loss, and real tokens per second, since it was made."""
+
+    def __init__(self):
+        self.loss_sum, self.n_loss_tokens, self.n_tokens, self.seconds, self.n_steps = 0.0, 0, 0, 0.0, 0
+
+    def add(self, result, n_tokens, seconds):
+        self.n_steps += 1
+        self.n_tokens, self.seconds = self.n_tokens + n_tokens, self.seconds + seconds
+        if not result.skipped:
+            self.loss_sum += result.loss * result.n_tokens
+            self.n_loss_tokens += result.n_tokens
+
+    @property
+    def loss(self):
+        return self.loss_sum / self.n_loss_tokens if self.n_loss_tokens else float("nan")
+
+    @property
+    def perplexity(self):
+        return 2.718281828459045 ** min(self.loss, 700.0)
+
+    @property
+    def tokens_per_second(self):
+        return self.n_tokens / self.seconds if self.seconds else 0.0
+
+
+if __name__ == "__main__":
+    run(main)
