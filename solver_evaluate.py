@@ -5,7 +5,7 @@ from llama_rlhf.cli import run
 
 def main(
     *,
-    ckpt_dir: str,
+    ckpt_dir: str = "",
     task: str = "GSM8K",
     label_file: str = "dataset/GSM8K/test.json",
     log_dir: str = "",
@@ -29,6 +29,7 @@ def main(
     chat_format: str | None = None,
     device: str = "auto",
     timeout_seconds: float = 600.0,
+    compare: list[str] | None = None,
 ):
     """Answer every problem of a file with a model and count the right answers.
 
@@ -59,7 +60,15 @@ def main(
         chat_format: llama-2, mistral-v1, mistral-v3, chatml or llama-3, for a tokenizer without a template of its own
         device: auto, cpu or cuda
         timeout_seconds: longest wait in a collective before the run ends with an error
+        compare: instead of evaluating: log_dirs of earlier evaluations, comma-separated, to set side by side
     """
+    if compare:
+        from llama_rlhf.evaluation import compare_runs
+
+        print(compare_runs(compare))
+        return
+    if not ckpt_dir:
+        raise ValueError("--ckpt_dir is needed: the model to evaluate (or --compare A,B with two log_dirs)")
     import os
 
     from llama_rlhf.checkpoint import store

@@ -11,7 +11,7 @@ from llama_rlhf.generation import Statistics, generate
 from llama_rlhf.models.transformer import CausalLM
 from llama_rlhf.parallel import groups
 from llama_rlhf.sampling import Sampling
-from llama_rlhf.scoring import pass_at_k, wilson_interval
+from llama_rlhf.scoring import mcnemar_exact, pass_at_k, wilson_interval
 
 
 def check_vocabulary(tokenizer, model, where: str) -> None:
@@ -119,3 +119,35 @@ def show(metrics: dict) -> str:
     if "pass_at_k" in metrics:
         lines.append("pass@k: " + ", ".join(f"{k}: {value:.1%}" for k, value in metrics["pass_at_k"].items()))
     return "\n".join(lines)
+
+
+def compare_runs(log_dirs: list[str]) -> str:
+    """A table of evaluations (one line each) and, for each against the first, the paired exact McNemar test on common items."""
+    runs = [(log_dir, *_read_run(log_dir)) for log_dir in log_dirs]
+    width = max(len(log_dir) for log_dir, *_ in runs)
+    lines = [f"{'run':{width}}  accuracy  95 % interval        A      B      C      D  finished  tokens"]
+    for log_dir, metrics, _ in runs:
+        low, high = metrics["interval"]
+        by_rule = "".join(f"{metrics['rules'][rule]['accuracy']:7.1%}" for rule in "ABCD")
+        lines.append(f"{log_dir:{width}}  {metrics['accuracy']:8.1%}  {low:6.1%} to {high:6.1%} {by_rule}  {metrics['finished_share']:8.1%}"
+                     f"  {metrics['mean_tokens']:6.0f}")
+    first_name, _, first = runs[0]
+    for name, _, rows in runs[1:]:
+        if differing := [key for key in first.keys() & rows.keys() if first[key]["prompt"] != rows[key]["prompt"]]:
+            raise ValueError(f"{first_name} and {name} answered different problems (first: id {differing[0][0]}); compare runs on one label_file")
+        common = sorted(first.keys() & rows.keys())
+        gained = sum(rows[key]["correct"] and not first[key]["correct"] for key in common)
+        lost = sum(first[key]["correct"] and not rows[key]["correct"] for key in common)
+        lines.append(f"{name} against {first_name}, {len(common)} common answers: {gained} became right, {lost} became wrong, "
+                     f"McNemar p = {mcnemar_exact(gained, lost):.2g}")
+    return "\n".join(lines)
+
+
+def _read_run(log_dir: str) -> tuple[dict, dict]:
+    paths = [os.path.join(log_dir, name) for name in ("metrics.json", "samples.jsonl")]
+    for path in paths:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"{path}: not there. --compare takes log_dirs that solver_evaluate.py has written.")
+    with open(paths[0]) as metrics, open(paths[1]) as samples:
+        rows = [json.loads(line) for line in samples]
+        return json.load(metrics), {(row["id"], row["sample"]): row for row in rows}

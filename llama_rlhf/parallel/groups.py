@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 
+from llama_rlhf.parallel.shared_memory import SharedMemoryGroup, host_identity
+
 _state: dict = {}
 
 
@@ -67,6 +69,11 @@ def initialize(model_parallel_size: int = -1, *, timeout_seconds: float = 600.0,
         dist.new_group = new_group
     _state["tp"] = fairscale_groups.get_model_parallel_group()
     _state["dp"] = fairscale_groups.get_data_parallel_group()
+    _state["shared_memory"] = None
+    if not use_cuda and size > 1:
+        places = gather_objects(host_identity())
+        if len(set(places)) == 1 and places[0][-1] == "x86_64":         # several hosts: gloo
+            _state["shared_memory"] = SharedMemoryGroup(_state["tp"], timeout_seconds)
 
 
 def shutdown() -> None:
@@ -87,6 +94,11 @@ def tp_group():
 
 def dp_group():
     return _state["dp"]
+
+
+def shared_memory() -> SharedMemoryGroup | None:
+    """The fast path of tensor-parallel collectives, when this group's ranks are processes of one x86-64 host without CUDA."""
+    return _state["shared_memory"]
 
 
 def tp_size() -> int:

@@ -22,6 +22,8 @@ def all_reduce_(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
     if groups.tp_size() > 1:
         traffic["all_reduce"] += 1
         traffic["all_reduce_bytes"] += tensor.numel() * tensor.element_size()
+        if (shared := groups.shared_memory()) is not None:
+            return shared.all_reduce_(tensor, op)
         dist.all_reduce(tensor, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=groups.tp_group())
     return tensor
 
@@ -32,6 +34,8 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
         return tensor[None]
     traffic["all_gather"] += 1
     traffic["all_gather_bytes"] += tensor.numel() * tensor.element_size()
+    if (shared := groups.shared_memory()) is not None:
+        return shared.all_gather(tensor)
     parts = [torch.empty_like(tensor) for _ in range(groups.tp_size())]
     dist.all_gather(parts, tensor.contiguous(), group=groups.tp_group())
     return torch.stack(parts)

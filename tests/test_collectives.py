@@ -1,0 +1,93 @@
+"""The tensor-parallel collectives: shared memory and gloo give the same sums; timeouts reach every group; a late rank is named."""
+
+import time
+
+import pytest
+import torch
+from ranks import run_ranks
+
+
+def sums(use_shared_memory, dtype, shape):
+    from llama_rlhf.parallel import groups
+    from llama_rlhf.parallel.regions import all_gather, all_reduce_
+    groups.initialize(device="cpu")
+    assert (groups.shared_memory() is not None) == (groups.tp_size() > 1)
+    if not use_shared_memory:
+        groups._state["shared_memory"] = None
+    torch.manual_seed(groups.rank())
+    x = torch.randn(shape).to(getattr(torch, dtype))
+    own = x.clone()
+    total, most, parts = all_reduce_(x.clone()), all_reduce_(x.clone(), "max"), all_gather(x)
+    strided = all_reduce_(x.t().clone().t())
+    assert torch.equal(own, x)
+    groups.shutdown()
+    return [t.double().numpy() for t in (total, most, parts, strided)]
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("dtype,shape", [("float32", (5, 7)), ("bfloat16", (64, 576)), ("float64", (2, 3)), ("int64", (4, 4)),
+                                         ("float32", (3, 700_003))])       # the last is larger than one slot
+def test_shared_memory_equals_gloo_and_ranks_agree(n, dtype, shape):
+    tolerance = {"float32": 1e-6, "bfloat16": 2e-2, "float64": 1e-12, "int64": 0.25}[dtype] * 4     # another order of the sum
+    shared, gloo = run_ranks(n, sums, True, dtype, shape), run_ranks(n, sums, False, dtype, shape)
+    for a in shared[1:]:
+        assert all((x == y).all() for x, y in zip(a, shared[0])), "ranks hold different bits"
+    for x, y in zip(shared[0], gloo[0]):
+        assert x.shape == y.shape and abs(x - y).max() <= tolerance
+
+
+def late():
+    from llama_rlhf.parallel import groups
+    from llama_rlhf.parallel.regions import all_reduce_
+    groups.initialize(device="cpu", timeout_seconds=2)
+    timeouts = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in (groups.tp_group(), groups.dp_group())]
+    if groups.rank() == 1:
+        time.sleep(6)
+        return timeouts
+    started = time.monotonic()
+    try:
+        all_reduce_(torch.ones(3))
+    except RuntimeError as error:
+        return timeouts, str(error), time.monotonic() - started
+    return timeouts, "no error", 0.0
+
+
+def test_a_rank_that_does_not_arrive_is_named_in_time_and_the_timeout_reaches_sub_groups():
+    (timeouts, message, seconds), others = run_ranks(2, late)
+    assert "tensor-parallel rank 1 did not arrive" in message and 1.5 < seconds < 5
+    assert timeouts == others == [2.0, 2.0]
+
+
+def grid():
+    from llama_rlhf.parallel import groups
+    groups.initialize(2, device="cpu")
+    place = groups.rank(), groups.tp_rank(), groups.dp_rank(), groups.tp_size(), groups.dp_size()
+    groups.shutdown()
+    return place
+
+
+def test_tensor_parallel_ranks_are_adjacent():
+    assert run_ranks(4, grid) == [(0, 0, 0, 2, 2), (1, 1, 0, 2, 2), (2, 0, 1, 2, 2), (3, 1, 1, 2, 2)]
+
+
+def fails_on_rank_1():
+    from llama_rlhf.parallel import groups
+    groups.initialize(device="cpu")
+    try:
+        with groups.together("reading"):
+            if groups.rank() == 1:
+                raise ValueError("boom-17")
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_an_error_on_one_rank_ends_all_with_its_message():
+    here, there = run_ranks(2, fails_on_rank_1)
+    assert there == "boom-17"
+    assert here == "rank 1 failed while reading: ValueError: boom-17"
+
+
+def test_model_parallel_size_must_divide_the_world():
+    with pytest.raises(AssertionError, match="does not divide the 3 processes"):
+        run_ranks(3, grid)
