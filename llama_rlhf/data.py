@@ -233,10 +233,10 @@ def batches(
     where nothing is left, so that all take part in the same collectives. The order depends on nothing but the
     arguments.
 
-    max_batch_tokens: limit on rows x longest row, padding counted
+    max_batch_tokens: limit on the tokens of a micro-batch; rows are packed, so padding does not exist
     shuffle: False keeps the order of the file
-    sort_window: rows sorted by length together, by default 64 micro-batches for each rank; larger windows pad less
-    and mix lengths less
+    sort_window: rows sorted by length together, by default 64 micro-batches for each rank; larger windows balance
+    the ranks' work better and mix lengths less
     """
     if max_batch_size < 1 or not 0 <= dp_rank < dp_size:
         raise ValueError(f"cannot batch with max_batch_size={max_batch_size}, dp_rank={dp_rank}, dp_size={dp_size}")
@@ -254,15 +254,14 @@ def batches(
         window = sort_window or 64 * max_batch_size * dp_size
         windows = [order[n : n + window] for n in range(0, len(order), window)]
         order = [i for members in windows for i in sorted(members, key=lengths.__getitem__)]
-    micro_batches, widest = [], 0
+    micro_batches, n_tokens = [], 0
     for i in order:
-        rows = len(micro_batches[-1]) + 1 if micro_batches else 0
-        widest = max(widest, lengths[i])
-        too_wide = max_batch_tokens is not None and rows * widest > max_batch_tokens
-        if rows == 0 or rows > max_batch_size or too_wide:
+        full = max_batch_tokens is not None and n_tokens + lengths[i] > max_batch_tokens
+        if not micro_batches or len(micro_batches[-1]) == max_batch_size or full:
             micro_batches.append([])
-            widest = lengths[i]
+            n_tokens = 0
         micro_batches[-1].append(i)
+        n_tokens += lengths[i]
     # Neighbours have similar lengths: the ranks take them side by side, and none waits long for another.
     steps = [micro_batches[n : n + dp_size] for n in range(0, len(micro_batches), dp_size)]
     if shuffle:

@@ -81,6 +81,7 @@ def generate(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, .
     results: list[list[Completion | None]] = [[None] * n_samples for _ in prompts]
     if not prompts or max_new_tokens < 1:
         return [[Completion(i, s, [], False) for s in range(n_samples)] for i in range(len(prompts))]
+    groups.keep_freed_memory()
     stats = statistics or Statistics()
     began = time.perf_counter()
     device, total = groups.device(), len(prompts) * n_samples

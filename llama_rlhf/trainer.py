@@ -51,6 +51,7 @@ class Trainer:
                  max_grad_norm: float = 1.0, max_skipped_steps: int = 10):
         if schedule not in ("cosine", "linear", "constant"):
             raise ValueError(f"--lr_schedule {schedule!r}: use cosine, linear or constant")
+        groups.keep_freed_memory()
         self.model, self.max_grad_norm, self.max_skipped_steps = model, max_grad_norm, max_skipped_steps
         self._rate = dict(peak=lr, total_steps=total_steps, warmup_steps=warmup_steps, final_ratio=final_lr_ratio, schedule=schedule)
         self.n_steps = self.skipped_in_a_row = self.skipped_steps = 0

@@ -76,7 +76,7 @@ def _script(name, flags):
     return code, out.getvalue(), err.getvalue()
 
 
-def run_script(n, name, *, timeout=180, **flags):
+def run_script(n, name, /, *, wait=180, **flags):
     """[(exit code, stdout, stderr) of each rank] of a script on n gloo ranks, without paying for n interpreter starts."""
     flags = {"device": "cpu", **flags} if name != "checkpoint_split.py" else flags
-    return run_ranks(n, _script, name, flags, timeout=timeout)
+    return run_ranks(n, _script, name, flags, timeout=wait)

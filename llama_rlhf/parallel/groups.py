@@ -8,6 +8,7 @@ process. CPU uses gloo, CUDA uses nccl; nothing outside this package asks which.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import io
 import os
@@ -74,6 +75,22 @@ def initialize(model_parallel_size: int = -1, *, timeout_seconds: float = 600.0,
         places = gather_objects(host_identity())
         if len(set(places)) == 1 and places[0][-1] == "x86_64":         # several hosts: gloo
             _state["shared_memory"] = SharedMemoryGroup(_state["tp"], timeout_seconds)
+
+
+def keep_freed_memory() -> None:
+    """Let a CPU process reuse freed blocks instead of returning them: activations of megabytes come and go at every operation,
+    and fetching fresh pages for each costs several times the arithmetic (RMSNorm of 900x576: 2.0 ms against 0.18 here).
+
+    Peak memory is unchanged, memory after the peak stays taken. glibc only; elsewhere this does nothing.
+    """
+    if _state["device"].type != "cpu":
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 256 << 20)              # M_MMAP_THRESHOLD
+        mallopt(-1, (1 << 31) - 1)          # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        pass
 
 
 def shutdown() -> None:
