@@ -26,6 +26,18 @@ class ModelConfig:
     qkv_bias: bool = False                # bias on wq, wk, wv (Qwen 1, 1.5, 2, 2.5)
     qk_norm: bool = False                 # RMSNorm over head_dim on q and k before rotary (Qwen3)
     sliding_window: int | None = None     # a query sees this many keys, itself included
+    window_first_layer: int = 0           # layers before this one see everything (some Qwen configs)
+    positions: str = "rotary"             # or "alibi": no rotation, a slope per head on the key's position (BLOOM)
+    norm: str = "rms"                     # or "layer": LayerNorm with a bias (BLOOM)
+    mlp: str = "swiglu"                   # or "gelu": two matrices, tanh form (BLOOM)
+    linear_bias: bool = False             # bias on wo and on the feed-forward (BLOOM)
+    embedding_norm: bool = False          # a norm right after the embedding (BLOOM)
+    n_experts: int = 0                    # feed-forward experts per layer; 0: a dense model
+    n_active_experts: int = 0             # experts each token goes to
+    normalise_routing: bool = True        # the weights of the chosen experts sum to 1
+    fp32_routing: bool = False            # those weights stay fp32 in low-precision models (Mixtral)
+    ntk_beyond: int | None = None         # evaluation: rows longer than this stretch the rotary base (first-generation Qwen)
+    logn_beyond: int | None = None        # evaluation: queries at positions past this are scaled by log n (first-generation Qwen)
     embedding_cut: str = "vocab"          # how consolidated.NN.pth cuts tok_embeddings: "hidden" (LLaMA-1/2, Mistral) or "vocab"
 
     def __post_init__(self):
@@ -35,7 +47,16 @@ class ModelConfig:
                 raise ValueError(f"model config: {name} must be a positive whole number, not {value!r}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"model config: n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
-        if self.head_dim % 2:
+        for name, known in (("positions", ("rotary", "alibi")), ("norm", ("rms", "layer")), ("mlp", ("swiglu", "gelu"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"model config: {name}={getattr(self, name)!r} is none of {', '.join(known)}")
+        if self.positions == "alibi" and self.sliding_window is not None:
+            raise ValueError("model config: a sliding window together with ALiBi positions is not supported")
+        if self.n_experts and not 0 < self.n_active_experts <= self.n_experts:
+            raise ValueError(f"model config: n_active_experts={self.n_active_experts} must be 1 to n_experts={self.n_experts}")
+        if self.n_experts and (self.mlp != "swiglu" or self.linear_bias):
+            raise ValueError("model config: experts are SwiGLU without biases; other kinds are not supported")
+        if self.head_dim % 2 and self.positions == "rotary":
             raise ValueError(f"model config: head_dim={self.head_dim} is odd; rotary positions turn pairs of numbers")
         if not self.norm_eps > 0 or not self.rope_theta > 0:
             raise ValueError(f"model config: norm_eps={self.norm_eps} and rope_theta={self.rope_theta} must be positive")
@@ -57,8 +78,13 @@ class ModelConfig:
         """Weights of the full model, the head included once when tied."""
         attention = self.dim * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
         attention += self.head_dim * (self.n_heads + 2 * self.n_kv_heads) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
-        block = attention + 3 * self.dim * self.ffn_dim + 2 * self.dim
-        return self.n_layers * block + self.dim + self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
+        feed_forward = (3 if self.mlp == "swiglu" else 2) * self.dim * self.ffn_dim
+        if self.n_experts:
+            feed_forward = self.n_experts * (feed_forward + self.dim)
+        biases = (2 * self.dim + self.ffn_dim * (2 if self.mlp == "swiglu" else 1)) * self.linear_bias
+        norm = self.dim * (2 if self.norm == "layer" else 1)
+        return self.n_layers * (attention + feed_forward + biases + 2 * norm) + norm * (2 if self.embedding_norm else 1) \
+            + self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)

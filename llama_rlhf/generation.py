@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from llama_rlhf.models.kv_cache import KVCache
 from llama_rlhf.models.transformer import CausalLM, Rows
 from llama_rlhf.parallel import groups
 from llama_rlhf.sampling import Sampling, choose
@@ -87,8 +86,7 @@ def generate(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, .
     device, total = groups.device(), len(prompts) * n_samples
     longest = min(max_seq_len, max(map(len, prompts)) + max_new_tokens)
     n_slots = min(max_batch_size, total)
-    cache = KVCache(model.config.n_layers, n_slots, model.n_cache_heads, longest, model.config.head_dim, dtype=model.dtype,
-                    device=device, window=model.config.sliding_window)
+    cache = model.new_cache(n_slots, longest)
     stats.cache_bytes = cache.n_bytes
     vocab, weight = model.partition.held["vocab"], model.head_weight
     # long prompts first: the batch drains evenly at the end
@@ -164,6 +162,8 @@ def generate(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, .
                     state[..., slot] = state[..., last]
             active.pop()
 
+    was_training = model.training
+    model.eval()
     while waiting or active:
         if waiting and (not active or n_slots - len(active) >= max(1, n_slots // 16)):
             start = time.perf_counter()
@@ -181,5 +181,6 @@ def generate(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, .
         accept(0, token, logprob)
         if on_step is not None:
             on_step(total - len(waiting) - len(active), total)
+    model.train(was_training)
     stats.seconds += time.perf_counter() - began
     return results

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 
 import torch
 
 from llama_rlhf.checkpoint.formats import Checkpoint, CheckpointError, read_json
 from llama_rlhf.config import ModelConfig
-from llama_rlhf.models import FAMILIES, config_from_gguf, config_from_hf, config_from_params, disagreements, preset
+from llama_rlhf.models import (
+    FAMILIES, config_from_gguf, config_from_hf, config_from_params, disagreements, llama3_scaling, preset,
+)
 from llama_rlhf.models.family import Source, lookup
+from llama_rlhf.models.transformer import rotary_frequencies
 from llama_rlhf.parallel.layers import Piece
 
 MANIFEST = "manifest.json"
@@ -65,7 +69,10 @@ def load_config(checkpoint: Checkpoint, model_type: str = "") -> tuple[ModelConf
     if manifest:
         config = ModelConfig.from_dict(manifest["config"])
     elif checkpoint.kind == "gguf":
-        config = config_from_gguf(checkpoint.config, checkpoint.infos["token_embd.weight"].shape[0], "output.weight" in checkpoint.infos)
+        infos = checkpoint.infos
+        config = config_from_gguf(checkpoint.config, infos["token_embd.weight"].shape[0], "output.weight" in infos)
+        if "rope_freqs.weight" in infos:
+            config = _scaled_as(config, checkpoint.read("rope_freqs.weight"), checkpoint.path)
     elif "model_type" in checkpoint.config:
         config = config_from_hf(checkpoint.config)
     elif checkpoint.config:
@@ -81,9 +88,23 @@ def load_config(checkpoint: Checkpoint, model_type: str = "") -> tuple[ModelConf
     return config, notes
 
 
+def _scaled_as(config: ModelConfig, factors: torch.Tensor, path: str) -> ModelConfig:
+    """The config with the rotary scaling whose factors a GGUF file lists. Its header does not name the kind: take LLaMA-3's
+    numbers, and insist that they give these factors."""
+    scaled = replace(config, rope_scaling=llama3_scaling(round(factors.max().item(), 3)))
+    expected = rotary_frequencies(config) / rotary_frequencies(scaled)
+    if expected.shape != factors.shape or not torch.allclose(expected, factors.float(), rtol=1e-3):
+        raise CheckpointError(f"{path}: rope_freqs.weight is not LLaMA-3's rotary scaling; no other is supported in GGUF files")
+    return scaled
+
+
 def _vocab_size(checkpoint: Checkpoint) -> int:
     """Rows of the head (or embedding) in Meta's shards; params.json often says -1."""
     files = checkpoint.files
+    if checkpoint.kind != "shards":
+        for name in ("output.weight", "tok_embeddings.weight"):
+            if name in checkpoint.infos:
+                return checkpoint.infos[name].shape[0]
     if "output.weight" in files[0].infos:
         return sum(file.infos["output.weight"].shape[0] for file in files)
     if "tok_embeddings.weight" not in files[0].infos:
@@ -104,14 +125,7 @@ class NativeView:
                  ignored=frozenset(), merge_lora: float | None = None):
         self.checkpoint, self.config, self.wanted, self.merge_lora = checkpoint, config, wanted, merge_lora
         self.infos = checkpoint.files[0].infos if checkpoint.kind == "shards" else checkpoint.infos
-        family = FAMILIES[config.family]
-        self._table = {} if checkpoint.kind == "shards" or "tok_embeddings.weight" in self.infos else \
-            family.gguf if checkpoint.kind == "gguf" else family.hf
-        self._prefix = ""
-        if self._table and (embedding := self._table["tok_embeddings.weight"].name) not in self.infos:
-            stripped = embedding.partition(".")[2]          # saved without the leading "model." or "transformer."
-            if stripped in self.infos:
-                self._prefix = embedding.partition(".")[0] + "."
+        self._choose_layout()
         self.missing = {name for name in wanted if self._source(name).name not in self.infos}
         used = {self._source(name).name for name in wanted}
         if merge_lora is not None:
@@ -127,12 +141,27 @@ class NativeView:
         for name in wanted.keys() - self.missing:
             self._check_shape(name)
 
+    def _choose_layout(self) -> None:
+        """The family's layout, of those its files come in, that has the most of the wanted names."""
+        family = FAMILIES[self.config.family]
+        layouts = ({},) if self.checkpoint.kind == "shards" else (family.gguf,) if self.checkpoint.kind == "gguf" else \
+            (family.hf, *family.other_layouts, {})
+        best = -1
+        for table in layouts:
+            prefix = ""
+            if table and "tok_embeddings.weight" in table and (name := table["tok_embeddings.weight"].name) not in self.infos \
+                    and name.partition(".")[2] in self.infos:
+                prefix = name.partition(".")[0] + "."       # saved without the leading "model." or "transformer."
+            sources = {}
+            for native in (*self.wanted, "output.weight"):
+                source = (lookup(table, native) if table else None) or Source(native)
+                sources[native] = replace(source, name=source.name.removeprefix(prefix))
+            found = sum(sources[native].name in self.infos for native in self.wanted)
+            if found > best:
+                best, self._sources = found, sources
+
     def _source(self, native: str) -> Source:
-        source = lookup(self._table, native) if self._table else None
-        source = source or Source(native)
-        if self._prefix and source.name.startswith(self._prefix):
-            return Source(source.name[len(self._prefix):], source.rope, source.part, source.parts)
-        return source
+        return self._sources[native]
 
     def _cut(self, native: str) -> int | None:
         """The dimension along which the shards of this checkpoint cut a tensor."""
@@ -147,7 +176,10 @@ class NativeView:
         piece, source, checkpoint = self.wanted[native], self._source(native), self.checkpoint
         if checkpoint.kind != "shards":
             found = list(self.infos[source.name].shape)
-            expected = [piece.shape[0] * source.parts, *piece.shape[1:]]
+            rows, *columns = reversed(piece.shape) if source.transposed else piece.shape
+            expected = [rows * source.parts, *columns]
+            if source.stacked:
+                expected = [self.config.n_experts, *expected] if len(found) == 3 else [self.config.n_experts * expected[0], *columns]
         else:
             if absent := [file.path for file in checkpoint.files if native not in file.infos]:
                 raise CheckpointError(f"{absent[0]}: lacks {native}, which consolidated.00.pth has: the shards do not belong together")
@@ -181,10 +213,28 @@ class NativeView:
     def _read(self, native, dim, start, stop):
         if self.checkpoint.kind == "shards":
             return _read_shards(self.checkpoint.files, native, dim, start, stop, self._cut(native))
-        source, piece = self._source(native), self.wanted[native]
-        offset = source.part * piece.shape[0]
-        x = self.checkpoint.read(source.name, dim, offset + start, offset + stop)
-        return half_to_interleaved(x, self.config.head_dim) if source.rope else x
+        x = self._read_block(self._source(native), self.wanted[native].shape, dim, start, stop)
+        return half_to_interleaved(x, self.config.head_dim) if self._source(native).rope else x
+
+    def _read_block(self, source: Source, shape: tuple[int, ...], dim: int, start: int, stop: int) -> torch.Tensor:
+        """start..stop along `dim` of a native tensor of this full shape, wherever `source` says it stands."""
+        read, name = self.checkpoint.read, source.name
+        if source.transposed:
+            turned = replace(source, transposed=False)
+            return self._read_block(turned, shape[::-1], 1 - dim, start, stop).t()
+        if source.by_head:                  # rows in whole heads: take all parts of these heads, keep one
+            rows = read(name, 0, source.parts * start, source.parts * stop)
+            return rows.unflatten(0, (-1, source.parts, self.config.head_dim))[:, source.part].flatten(0, 1)
+        first = source.part * shape[0]
+        if source.stacked and len(self.infos[name].shape) == 3:
+            block = read(name, 0, source.expert, source.expert + 1)[0, first:first + shape[0]]
+            return block.narrow(dim, start, stop - start)
+        first += source.expert * source.parts * shape[0]
+        if dim == 0:
+            return read(name, 0, first + start, first + stop)
+        if source.parts == 1 and not source.stacked:
+            return read(name, dim, start, stop)
+        return read(name, 0, first, first + shape[0]).narrow(dim, start, stop - start)
 
     def _read_lora(self, name, dim, start, stop):
         if self.checkpoint.kind != "shards":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +17,10 @@ from llama_rlhf.checkpoint.convert import NativeView, load_config, read_manifest
 from llama_rlhf.checkpoint.formats import Checkpoint, CheckpointError, open_checkpoint
 from llama_rlhf.checkpoint.writer import PthWriter
 from llama_rlhf.config import ModelConfig
-from llama_rlhf.models.llama import write_params
+from llama_rlhf.models import write_params
 from llama_rlhf.models.transformer import CausalLM, Transformer, ValueModel
 from llama_rlhf.parallel import groups
-from llama_rlhf.parallel.layers import Lora, Piece, piece_of, walk
+from llama_rlhf.parallel.layers import Lora, Piece, piece_of, replicated, walk
 from llama_rlhf.parallel.partition import Partition
 
 # what stands beside the weights and travels with them
@@ -194,53 +196,156 @@ def _recut_embedding(model: Transformer) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def split_checkpoint(source: str, folder: str, n: int, *, dtype: torch.dtype | None = None, model_type: str = "",
-                     merge_lora: bool = False) -> ModelConfig:
-    """Rewrite any checkpoint as n shards, one tensor in memory at a time; n=1 merges. dtype None keeps each tensor's own.
+class Rewrite:
+    """A checkpoint opened to be written again: every tensor of the result, whole, under its native name, one at a time.
 
-    Adapters and a value head go along (merge_lora adds adapters into their base). Raises CheckpointError, FileNotFoundError,
-    ValueError when no cut for n exists; `folder` then does not exist.
+    dtype: of the weights; None keeps each tensor's own. Adapters and a value head stay fp32.
+    merge_lora: add the adapters into their weights (fp32 sum, one rounding); otherwise they go along.
+    adapter: a PEFT folder whose adapters are put on the checkpoint.
+    pieces: native name -> Piece of every tensor of the result.  lora: rank and alpha of the adapters that go along.
     """
-    source = store.resolve(source)
-    with open_checkpoint(source) as checkpoint:
-        contents = inspect(checkpoint, model_type)
-        config, lora = contents.config, None if merge_lora else contents.lora
-        for note in contents.notes:
-            groups.log("note:", note)
-        plan = Partition(config, n)
-        store.verify(checkpoint.folder)
-        model = (ValueModel if contents.has_value_head else CausalLM)(config, lora=lora, dtype=torch.float32)
+
+    def __init__(self, source: str, *, dtype: torch.dtype | None = None, model_type: str = "", merge_lora: bool = False,
+                 adapter: str = ""):
+        source = store.resolve(source)
+        if os.path.exists(os.path.join(source, "adapter_config.json")):
+            raise CheckpointError(f"{source} is a PEFT adapter. Give its base model as --ckpt_file and this folder as --adapter.")
+        self.checkpoint = open_checkpoint(source)
+        contents = self.contents = inspect(self.checkpoint, model_type)
+        self.config, self._dtype, self._peft = contents.config, dtype, None
+        lora = contents.lora
+        if adapter:
+            from llama_rlhf.checkpoint.adapters import PeftAdapter
+            if lora:
+                raise CheckpointError(f"{source} has adapters of its own. Add them into its weights first, with --merge_lora.")
+            self._peft = PeftAdapter(adapter, self.config)
+            lora = self._peft.lora
+        elif merge_lora and not lora:
+            raise CheckpointError(f"{source} holds no adapters to merge. Leave out --merge_lora, or name them with --adapter.")
+        model = (ValueModel if contents.has_value_head else CausalLM)(self.config, lora=lora, dtype=torch.float32)
         wanted = native_tensors(model)
-        view = NativeView(checkpoint, config, wanted,
-                          merge_lora=contents.lora.scale if contents.lora and merge_lora else None)
-        target = lambda name: view.dtype(name) if dtype is None or "lora_" in name or "value_head" in name else dtype  # noqa: E731
+        adapters = frozenset(name for name in wanted if name.endswith((".lora_a", ".lora_b")))
+        self._view = NativeView(self.checkpoint, self.config, wanted, optional=adapters if adapter else frozenset())
+        if self._peft:
+            self._peft.check(wanted)
+        self._merge = lora.scale if lora and merge_lora else None
+        self.lora = None if merge_lora else lora
+        self.pieces = {name: piece for name, piece in wanted.items() if not merge_lora or name not in adapters}
+        self._adapters = adapters
+
+    @property
+    def tokenizer_source(self) -> str:
+        return self.checkpoint.path if self.checkpoint.kind == "gguf" else self.checkpoint.folder
+
+    def dtype(self, native: str) -> torch.dtype:
+        """Of a tensor of the result."""
+        if native in self._adapters or "value_head" in native:
+            return torch.float32 if native in self._view.missing else self._view.dtype(native)
+        return self._dtype or self._view.dtype(native)
+
+    def nbytes(self, native: str) -> int:
+        return torch.Size(self.pieces[native].shape).numel() * self.dtype(native).itemsize
+
+    def read(self, native: str) -> torch.Tensor:
+        """A whole tensor of the result; it may view the mapped file."""
+        x = self._stored(native)
+        module = native.removesuffix(".weight")
+        if self._merge is not None and f"{module}.lora_a" in self._adapters:
+            delta = self._stored(f"{module}.lora_b").float() @ self._stored(f"{module}.lora_a").float()
+            x = delta.mul_(self._merge).add_(x)
+        dtype = self.dtype(native)
+        y = x.to(dtype)
+        if dtype == torch.float16 and x.dtype != dtype and not y.isfinite().all() and x.isfinite().all():
+            raise CheckpointError(f"{self.checkpoint.path}: {native} has values up to {x.abs().max():.3g}, and fp16 ends at 65504. "
+                                  "Use bf16 or fp32.")
+        return y
+
+    def _stored(self, native: str) -> torch.Tensor:
+        if native not in self._view.missing:
+            return self._view.read(native)
+        x = self._peft.read(native)
+        # modules that the PEFT adapter leaves alone get new adapters, which add nothing until they are trained
+        return _initial(native, replicated(native, self._view.wanted[native].shape), 0) if x is None else x
+
+    def __str__(self) -> str:
+        c, files = self.config, self.checkpoint.files
+        parts = [f"{c.family}, {c.n_layers} layers, {sum(torch.Size(p.shape).numel() for p in self.pieces.values()) / 1e6:.1f} M parameters",
+                 f"{len(files)} x {os.path.splitext(files[0].path)[1]}, {self.checkpoint.bytes_total / 1e9:.2f} GB"]
+        if self._peft or self.contents.lora:
+            lora = self._peft.lora if self._peft else self.contents.lora
+            parts.append(f"adapters of rank {lora.rank}, alpha {lora.alpha:g}{' to be merged' if self._merge is not None else ''}")
+        return ", ".join(parts + ["value head"] * self.contents.has_value_head)
+
+    def check(self) -> None:
+        """Compare a checkpoint of ours with its checksums before a byte is written."""
+        for note in self.contents.notes:
+            groups.log("note:", note)
+        if self.contents.manifest:
+            store.verify(self.checkpoint.folder)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.checkpoint.close()
+
+
+def check_new_folder(folder: str) -> None:
+    """Refuse a target that publishing would fail on, before hours of reading."""
+    folder = os.path.abspath(folder)
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise CheckpointError(f"{folder} is a file. Choose another folder, or remove it.")
+    if os.path.isdir(folder) and os.listdir(folder):
+        raise CheckpointError(f"{folder} exists and is not empty. Choose another folder, or remove this one.")
+    parent = os.path.dirname(folder)
+    while not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"cannot write in {parent}: it is {'not a folder' if not os.path.isdir(parent) else 'write-protected'}. "
+                              "Choose another place.")
+
+
+def split_checkpoint(source: str, folder: str, n: int, *, dtype: torch.dtype | None = None, model_type: str = "",
+                     merge_lora: bool = False, adapter: str = "", tokenizer: str = "",
+                     progress: Callable[[int, int], None] | None = None) -> ModelConfig:
+    """Rewrite any checkpoint as n shards, one tensor in memory at a time; n=1 merges.
+
+    dtype, merge_lora, adapter: see Rewrite.  tokenizer: folder to take its files from, when not beside the weights.
+    progress: called with bytes done and bytes in all after every tensor.
+    Raises CheckpointError, FileNotFoundError, ValueError when no cut for n exists; `folder` then does not exist.
+    """
+    check_new_folder(folder)
+    with Rewrite(source, dtype=dtype, model_type=model_type, merge_lora=merge_lora, adapter=adapter) as rewrite:
+        config, pieces = rewrite.config, rewrite.pieces
+        plan = Partition(config, n)
+        groups.log(f"read {source}: {rewrite}")
+        rewrite.check()
+        n_bytes = sum(rewrite.nbytes(name) * (1 if piece.dim is not None else n) for name, piece in pieces.items())
 
         def write(temporary: str) -> dict:
-            entries = _write_companions(temporary, config, checkpoint.path if checkpoint.kind == "gguf" else checkpoint.folder)
-            names = [f"consolidated.{r:02d}.pth" for r in range(n)]
+            entries = _write_companions(temporary, config, tokenizer or rewrite.tokenizer_source)
+            names, done = [f"consolidated.{r:02d}.pth" for r in range(n)], 0
             writers = []
             try:
                 writers += [PthWriter(os.path.join(temporary, name)) for name in names]
-                for native, piece in wanted.items():
-                    cut = cut_for_file(native, piece, config) if n > 1 else None
-                    if cut is None:
-                        x = view.read(native).to(target(native))
-                        for writer in writers:
-                            writer.write(native, x)
-                    elif cut == piece.dim:
-                        for writer, (start, stop) in zip(writers, plan.owned[piece.kind]):
-                            writer.write(native, view.read(native, start, stop).to(target(native)))
-                    else:
-                        x = view.read(native).to(target(native))
-                        for writer, (start, stop) in zip(writers, plan.held["hidden"]):
-                            writer.write(native, x[:, start:stop])
-                return entries | {name: writer.close() for name, writer in zip(names, writers)}
+                # each shard computes its own checksums: two or more at a time use the processor's cores
+                with ThreadPoolExecutor(min(n, os.cpu_count() or 1)) as pool:
+                    for native, piece in pieces.items():
+                        x, cut, parts = rewrite.read(native), cut_for_file(native, piece, config), None
+                        if n > 1 and cut is not None:
+                            ranges = plan.owned[piece.kind] if cut == piece.dim else plan.held["hidden"]
+                            parts = [x.narrow(cut, start, stop - start) for start, stop in ranges]
+                        parts = parts or [x] * n
+                        list(pool.map(PthWriter.write, writers, [native] * n, parts))
+                        done += sum(part.nbytes for part in parts)
+                        if progress:
+                            progress(done, n_bytes)
+                    closed = list(pool.map(PthWriter.close, writers))
+                return entries | dict(zip(names, closed))
             except BaseException:
                 for writer in writers:
                     writer.discard()
                 raise
 
-        n_bytes = sum(torch.Size(piece.shape).numel() * target(name).itemsize * (1 if piece.dim is not None else n)
-                      for name, piece in wanted.items())
-        store.publish(folder, write, _manifest(config, wanted, lora, n, contents.has_value_head, {}), n_bytes=n_bytes)
+        store.publish(folder, write, _manifest(config, pieces, rewrite.lora, n, rewrite.contents.has_value_head, {}), n_bytes=n_bytes)
         return config

@@ -6,9 +6,10 @@ import difflib
 from dataclasses import replace
 
 from llama_rlhf.config import ModelConfig
-from llama_rlhf.models import llama, mistral, qwen
+from llama_rlhf.models import bloom, llama, mistral, mixtral, qwen
 
-FAMILIES = {family.name: family for family in (llama.FAMILY, mistral.FAMILY, qwen.QWEN1, qwen.QWEN2, qwen.QWEN3)}
+FAMILIES = {family.name: family for family in (llama.FAMILY, mistral.FAMILY, mixtral.FAMILY, qwen.QWEN1, qwen.QWEN2, qwen.QWEN3,
+                                               qwen.QWEN3_MOE, bloom.FAMILY)}
 
 
 def _llama(dim, n_layers, n_heads, ffn_dim, *, kv=None, head_dim=None, vocab=32000, eps=1e-5, theta=1e4, length=4096, **more):
@@ -18,13 +19,15 @@ def _llama(dim, n_layers, n_heads, ffn_dim, *, kv=None, head_dim=None, vocab=320
         max_seq_len=length, embedding_cut="hidden" if theta == 1e4 else "vocab"), **more})
 
 
-def _llama31(factor):
+def llama3_scaling(factor: float) -> dict:
     return {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192}
 
 
-def _qwen1(dim, n_layers, n_heads, ffn_dim, vocab, **more):
-    return _llama(dim, n_layers, n_heads, ffn_dim, vocab=vocab, eps=1e-6, family="qwen", qkv_bias=True, embedding_cut="vocab", **more)
+def _qwen1(dim, n_layers, n_heads, ffn_dim, vocab, trained=None, **more):
+    """trained: the length beyond which evaluation re-scales."""
+    return _llama(dim, n_layers, n_heads, ffn_dim, vocab=vocab, eps=1e-6, family="qwen", qkv_bias=True, embedding_cut="vocab",
+                  ntk_beyond=trained, logn_beyond=trained, **more)
 
 
 def _qwen2(dim, n_layers, n_heads, kv, ffn_dim, vocab, tied, eps=1e-6):
@@ -37,7 +40,17 @@ def _qwen3(dim, n_layers, n_heads, ffn_dim, tied):
                   family="qwen3", qk_norm=True, tie_embeddings=tied)
 
 
+def _qwen3_moe(dim, n_layers, n_heads, ffn_dim):
+    return replace(_qwen3(dim, n_layers, n_heads, ffn_dim, False), family="qwen3_moe", n_kv_heads=4, n_experts=128, n_active_experts=8)
+
+
+def _bloom(dim):
+    return ModelConfig(family="bloom", dim=dim, n_layers=24, n_heads=16, n_kv_heads=16, head_dim=dim // 16, ffn_dim=4 * dim,
+                       vocab_size=250880, max_seq_len=2048, tie_embeddings=True, **bloom.SWITCHES)
+
+
 _mistral = dict(kv=8, family="mistral", embedding_cut="hidden", length=32768)
+_mixtral = _llama(4096, 32, 32, 14336, theta=1e6, **{**_mistral, "family": "mixtral"}, n_experts=8, n_active_experts=2, fp32_routing=True)
 
 PRESETS = {
     "llama-1-7b": _llama(4096, 32, 32, 11008, eps=1e-6, length=2048),
@@ -48,19 +61,21 @@ PRESETS = {
     "llama-2-70b": _llama(8192, 80, 64, 28672, kv=8),
     "llama-3-8b": _llama(4096, 32, 32, 14336, kv=8, vocab=128256, theta=5e5, length=8192),
     "llama-3-70b": _llama(8192, 80, 64, 28672, kv=8, vocab=128256, theta=5e5, length=8192),
-    "llama-3.1-8b": _llama(4096, 32, 32, 14336, kv=8, vocab=128256, theta=5e5, length=131072, rope_scaling=_llama31(8.0)),
-    "llama-3.1-70b": _llama(8192, 80, 64, 28672, kv=8, vocab=128256, theta=5e5, length=131072, rope_scaling=_llama31(8.0)),
-    "llama-3.2-1b": _llama(2048, 16, 32, 8192, kv=8, vocab=128256, theta=5e5, length=131072, rope_scaling=_llama31(32.0),
+    "llama-3.1-8b": _llama(4096, 32, 32, 14336, kv=8, vocab=128256, theta=5e5, length=131072, rope_scaling=llama3_scaling(8.0)),
+    "llama-3.1-70b": _llama(8192, 80, 64, 28672, kv=8, vocab=128256, theta=5e5, length=131072, rope_scaling=llama3_scaling(8.0)),
+    "llama-3.2-1b": _llama(2048, 16, 32, 8192, kv=8, vocab=128256, theta=5e5, length=131072, rope_scaling=llama3_scaling(32.0),
                            tie_embeddings=True),
-    "llama-3.2-3b": _llama(3072, 28, 24, 8192, kv=8, vocab=128256, theta=5e5, length=131072, rope_scaling=_llama31(32.0),
+    "llama-3.2-3b": _llama(3072, 28, 24, 8192, kv=8, vocab=128256, theta=5e5, length=131072, rope_scaling=llama3_scaling(32.0),
                            tie_embeddings=True),
     "tinyllama-1.1b": _llama(2048, 22, 32, 5632, kv=4, length=2048),
     "smollm2-135m": _llama(576, 30, 9, 1536, kv=3, vocab=49152, theta=1e5, length=8192, tie_embeddings=True),
     "mistral-7b-v0.1": _llama(4096, 32, 32, 14336, sliding_window=4096, **_mistral),
     "mistral-7b-instruct-v0.2": _llama(4096, 32, 32, 14336, theta=1e6, **_mistral),
     "mistral-7b-instruct-v0.3": _llama(4096, 32, 32, 14336, vocab=32768, theta=1e6, **_mistral),
-    "qwen-7b": _qwen1(4096, 32, 32, 11008, 151936, length=8192),
-    "qwen-14b": _qwen1(5120, 40, 40, 13696, 152064, length=2048),
+    "mixtral-8x7b": _mixtral,
+    "mixtral-8x7b-instruct-v0.1": _mixtral,
+    "qwen-7b": _qwen1(4096, 32, 32, 11008, 151936, 8192, length=32768),
+    "qwen-14b": _qwen1(5120, 40, 40, 13696, 152064, 2048, length=8192),
     "qwen-72b": _qwen1(8192, 80, 64, 24576, 152064, theta=1e6, length=32768),
     "qwen1.5-7b": _qwen2(4096, 32, 32, 32, 11008, 151936, False),
     "qwen1.5-14b": _qwen2(5120, 40, 40, 40, 13696, 152064, False),
@@ -77,6 +92,10 @@ PRESETS = {
     "qwen3-8b": _qwen3(4096, 36, 32, 12288, False),
     "qwen3-14b": _qwen3(5120, 40, 40, 17408, False),
     "qwen3-32b": _qwen3(5120, 64, 64, 25600, False),
+    "qwen3-30b-a3b": _qwen3_moe(2048, 48, 32, 768),
+    "qwen3-235b-a22b": _qwen3_moe(4096, 94, 64, 1536),
+    "bloom-560m": _bloom(1024),
+    "bloom-1b1": _bloom(1536),
 }
 
 
@@ -100,14 +119,19 @@ def config_from_hf(c: dict) -> ModelConfig:
 
 
 def config_from_params(p: dict, vocab_size: int) -> ModelConfig:
-    """Meta's or Mistral's params.json (the latter holds hidden_dim) -> ModelConfig."""
-    if "moe" in p:
-        raise ValueError("params.json describes a mixture of experts, which is not supported yet")
+    """params.json -> ModelConfig: Meta's; Mistral's, which holds hidden_dim; or that of Mixtral's hub files, in config.json's words."""
+    if "num_local_experts" in p:
+        return mixtral.read_hf({**p, "vocab_size": vocab_size})
     return (mistral if "hidden_dim" in p and "multiple_of" not in p else llama).read_params(p, vocab_size)
 
 
+def write_params(config: ModelConfig) -> dict:
+    """The params.json beside our shards, in the words of the family's own loader. (Our own loader reads the manifest.)"""
+    return (FAMILIES[config.family].write_params or llama.write_params)(config)
+
+
 def config_from_gguf(metadata: dict, vocab_size: int, has_output: bool) -> ModelConfig:
-    """GGUF header -> ModelConfig."""
+    """GGUF header -> ModelConfig, without the rotary scaling that a tensor of the file may describe."""
     architecture = metadata.get("general.architecture")
     for family in FAMILIES.values():
         if architecture in family.gguf_architectures:
@@ -116,7 +140,7 @@ def config_from_gguf(metadata: dict, vocab_size: int, has_output: bool) -> Model
         raise ValueError(f"GGUF architecture {architecture!r} is not supported (known: llama, qwen2)")
     get = lambda key, default=None: metadata.get(f"{architecture}.{key}", default)  # noqa: E731
     if get("expert_count"):
-        raise ValueError("this GGUF file holds a mixture of experts, which is not supported yet")
+        raise ValueError("this GGUF file holds a mixture of experts, which is supported from safetensors or consolidated files only")
     if get("rope.scaling.type") not in (None, "none"):
         raise ValueError(f"GGUF rope scaling {get('rope.scaling.type')!r} is not supported")
     heads, dim = int(get("attention.head_count")), int(get("embedding_length"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llama_rlhf.config import ModelConfig
 
@@ -13,15 +13,22 @@ from llama_rlhf.config import ModelConfig
 class Source:
     """Where a native tensor lies in a foreign file.
 
-    name: the foreign tensor.
+    name: the foreign tensor; {n} is the layer, {e} the expert.
     rope: its rows are in Hugging Face's half-split rotary order and are re-ordered head by head on the way.
     part, parts: the native tensor is the part-th of `parts` equal blocks of rows (fused projections).
+    by_head: those blocks alternate head by head (q, k, v of head 0, q, k, v of head 1, ...) instead of following each other.
+    stacked: one foreign tensor holds all experts, [experts, rows, columns] or [experts * rows, columns]; expert: which one.
+    transposed: the foreign block is [in, out].
     """
 
     name: str
     rope: bool = False
     part: int = 0
     parts: int = 1
+    by_head: bool = False
+    stacked: bool = False
+    transposed: bool = False
+    expert: int = 0
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,10 @@ class Family:
     """One row of models.FAMILIES.
 
     read_hf: config.json -> ModelConfig.  write_hf: the reverse, for export.
-    hf, gguf: native name -> Source, with {n} for the layer number.
+    hf, gguf: native name -> Source, with {n} for the layer number and {e} for the expert.
+    other_layouts: further tables of the same form that published or re-saved files follow; names not in them are native.
     hf_model_types: values of "model_type" in config.json that mean this family; gguf_architectures: likewise in GGUF.
+    write_params: ModelConfig -> the params.json that stands beside our shards; None: as Meta's.
     """
 
     name: str
@@ -40,18 +49,23 @@ class Family:
     hf_model_types: tuple[str, ...]
     gguf: dict[str, Source] = field(default_factory=dict)
     gguf_architectures: tuple[str, ...] = ()
+    other_layouts: tuple[dict[str, Source], ...] = ()
+    write_params: Callable[[ModelConfig], dict] | None = None
 
 
-_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+_NUMBERS = re.compile(r"^(layers)\.(\d+)\.|\b(experts)\.(\d+)\.")
 
 
 def lookup(table: dict[str, Source], native: str) -> Source | None:
-    """The foreign source of a native tensor name."""
-    if match := _LAYER.fullmatch(native):
-        n, rest = match.groups()
-        source = table.get(f"layers.{{n}}.{rest}")
-        return source and Source(source.name.format(n=n), source.rope, source.part, source.parts)
-    return table.get(native)
+    """The foreign source of a native tensor name, its layer and expert filled in."""
+    numbers: dict[str, int] = {}
+
+    def generalise(match):
+        numbers["n" if match[1] else "e"] = int(match[2] or match[4])
+        return "layers.{n}." if match[1] else "experts.{e}."
+
+    source = table.get(_NUMBERS.sub(generalise, native))
+    return source and replace(source, name=source.name.format(**numbers), expert=numbers.get("e", 0) if source.stacked else 0)
 
 
 # Hugging Face's names of a LLaMA-shaped decoder; every family but BLOOM and the first Qwen starts from them.
@@ -84,6 +98,22 @@ GGUF_NAMES = {
     "layers.{n}.feed_forward.w2.weight": Source("blk.{n}.ffn_down.weight"),
     "norm.weight": Source("output_norm.weight"),
     "output.weight": Source("output.weight"),
+}
+
+
+def expert_names(prefix: str, gate: str, down: str, up: str) -> dict[str, Source]:
+    """Router and per-expert files: {prefix}.gate, {prefix}.experts.E.{gate, down, up}."""
+    return {"layers.{n}.feed_forward.gate.weight": Source(f"{prefix}.gate.weight"),
+            **{f"layers.{{n}}.feed_forward.experts.{{e}}.{native}.weight": Source(f"{prefix}.experts.{{e}}.{foreign}.weight")
+               for native, foreign in (("w1", gate), ("w2", down), ("w3", up))}}
+
+
+# how transformers 5 holds experts in memory: gate and up rows in one tensor, all experts in another dimension
+STACKED_EXPERTS = {
+    "layers.{n}.feed_forward.gate.weight": Source("model.layers.{n}.mlp.gate.weight"),
+    "layers.{n}.feed_forward.experts.{e}.w1.weight": Source("model.layers.{n}.mlp.experts.gate_up_proj", part=0, parts=2, stacked=True),
+    "layers.{n}.feed_forward.experts.{e}.w3.weight": Source("model.layers.{n}.mlp.experts.gate_up_proj", part=1, parts=2, stacked=True),
+    "layers.{n}.feed_forward.experts.{e}.w2.weight": Source("model.layers.{n}.mlp.experts.down_proj", stacked=True),
 }
 
 

@@ -13,6 +13,7 @@ class KVCache:
         begin_prefill(slots, lengths)   rows from position 0, packed, any lengths
         begin_decode(lengths)           one token for each of slots 0..B-1, at position lengths[b]
     Slots in use are kept at the front (see `move`), so decoding reads a view and never gathers.
+    stretch: [n_slots], set by models whose rotary base was chosen at prefill; it stays with the row.
     """
 
     def __init__(self, n_layers: int, n_slots: int, n_heads: int, max_len: int, head_dim: int, *, dtype, device,
@@ -20,8 +21,9 @@ class KVCache:
         shape = (n_slots, n_heads, max_len, head_dim)
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
-        self.n_slots, self.max_len, self.window = n_slots, max_len, window
+        self.n_slots, self.max_len = n_slots, max_len
         self.decoding = False
+        self.stretch: torch.Tensor | None = None
 
     @property
     def n_bytes(self) -> int:
@@ -30,7 +32,7 @@ class KVCache:
     def begin_prefill(self, slots: list[int], lengths: list[int]) -> None:
         if max(lengths) > self.max_len:
             raise ValueError(f"a prompt of {max(lengths)} tokens does not fit the cache of {self.max_len} positions")
-        self.decoding, self._spans, start = False, [], 0
+        self.decoding, self.slots, self._spans, start = False, slots, [], 0
         for slot, n in zip(slots, lengths):
             self._spans.append((slot, start, n))
             start += n
@@ -48,24 +50,40 @@ class KVCache:
         self.decoding = True
         self._batch, self._span = len(lengths), min(self.max_len, (longest + 32) // 32 * 32)
         self._row, self._at = torch.arange(self._batch, device=lengths.device), lengths
-        key = torch.arange(self._span, device=lengths.device)
-        visible = key <= lengths[:, None]
-        if self.window is not None:
-            visible &= lengths[:, None] - key < self.window
-        self._mask = visible[:, None, None]                                  # [B, 1, 1, span]
+        self._masks: dict[int | None, torch.Tensor] = {}
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Store this step's k, v ([B, Hkv, D]) and attend to everything cached. q: [B, H, D] -> [B, H, D]."""
+    def _mask(self, window: int | None, slopes: torch.Tensor | None, n_kv_heads: int) -> torch.Tensor:
+        """What this step's queries see, made once per step: bool [B, 1, 1, span]; with ALiBi its biases [B, Hkv, H/Hkv, span]."""
+        if window not in self._masks:
+            key = torch.arange(self._span, device=self._at.device)
+            mask = key <= self._at[:, None]
+            if window is not None:
+                mask &= self._at[:, None] - key < window
+            mask = mask[:, None, None]
+            if slopes is not None:
+                bias = (slopes[:, None] * key).to(self.k[0].dtype).unflatten(0, (n_kv_heads, -1))
+                mask = torch.where(mask, bias, -torch.inf)
+            self._masks[window] = mask
+        return self._masks[window]
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None,
+               slopes: torch.Tensor | None = None) -> torch.Tensor:
+        """Store this step's k, v ([B, Hkv, D]) and attend to everything cached. q: [B, H, D] -> [B, H, D].
+
+        window: of this layer.  slopes: [H] ALiBi slopes of the query heads.
+        """
         cache_k, cache_v = self.k[layer], self.v[layer]
         cache_k[self._row, :, self._at] = k
         cache_v[self._row, :, self._at] = v
         # the queries of one kv head form its "sequence": grouped attention without repeating keys
         grouped = q.unflatten(1, (k.shape[1], -1))                           # [B, Hkv, H/Hkv, D]
         out = F.scaled_dot_product_attention(grouped, cache_k[:self._batch, :, :self._span],
-                                             cache_v[:self._batch, :, :self._span], attn_mask=self._mask)
+                                             cache_v[:self._batch, :, :self._span], attn_mask=self._mask(window, slopes, k.shape[1]))
         return out.flatten(1, 2)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot to another."""
         for cache in (*self.k, *self.v):
             cache[target, :, :length] = cache[source, :, :length]
+        if self.stretch is not None:
+            self.stretch[target] = self.stretch[source]

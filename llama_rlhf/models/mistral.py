@@ -24,11 +24,24 @@ def write_hf(config: ModelConfig) -> dict:
 
 
 def read_params(p: dict, vocab_size: int) -> ModelConfig:
-    """Mistral's params.json. Without rope_theta: 1e4 when there is a window (v0.1), else 1e6."""
+    """Mistral's params.json, Mixtral's when it has "moe". Without rope_theta: 1e4 when there is a window (v0.1), else 1e6."""
     window = p.get("sliding_window")
     theta = float(p.get("rope_theta") or (1e4 if window else 1e6))
     config = read_llama_params({**p, "rope_theta": theta}, vocab_size)
-    return replace(config, family="mistral", sliding_window=window, max_seq_len=32768, embedding_cut="hidden")
+    config = replace(config, family="mistral", sliding_window=window, max_seq_len=32768, embedding_cut="hidden")
+    if moe := p.get("moe"):
+        config = replace(config, family="mixtral", n_experts=moe["num_experts"], n_active_experts=moe["num_experts_per_tok"],
+                         fp32_routing=True)
+    return config
 
 
-FAMILY = Family("mistral", read_hf, write_hf, HF_NAMES, ("mistral",), GGUF_NAMES)
+def write_params(config: ModelConfig) -> dict:
+    """params.json with the keys of Mistral's own loader, which reads our shard when there is only one."""
+    return {"dim": config.dim, "n_layers": config.n_layers, "head_dim": config.head_dim, "hidden_dim": config.ffn_dim,
+            "n_heads": config.n_heads, "n_kv_heads": config.n_kv_heads, "norm_eps": config.norm_eps,
+            "vocab_size": config.vocab_size, "rope_theta": config.rope_theta,
+            **({"sliding_window": config.sliding_window} if config.sliding_window else {}),
+            **({"moe": {"num_experts": config.n_experts, "num_experts_per_tok": config.n_active_experts}} if config.n_experts else {})}
+
+
+FAMILY = Family("mistral", read_hf, write_hf, HF_NAMES, ("mistral",), GGUF_NAMES, write_params=write_params)

@@ -2,6 +2,7 @@
 
 Tokens of all rows travel as one packed axis T without padding; only attention and rotary positions know the rows
 (`Rows`). A row is one sequence. Native (Meta's) weight names and interleaved rotary order, in memory and on disk.
+Families differ by switches of ModelConfig, never by name.
 """
 
 from __future__ import annotations
@@ -16,9 +17,26 @@ from torch import nn
 
 from llama_rlhf.config import ModelConfig
 from llama_rlhf.models.kv_cache import KVCache
+from llama_rlhf.models.moe import MixtureOfExperts
 from llama_rlhf.parallel import groups
 from llama_rlhf.parallel.layers import ColumnParallelLinear, Lora, RowParallelLinear, VocabParallelEmbedding
 from llama_rlhf.parallel.partition import Partition
+
+
+@dataclass
+class Places:
+    """What one forward pass knows about positions; attention applies what is there.
+
+    cos, sin: rotary tables.  query_scale: [T, 1, 1] log-n factors.
+    slopes: [H] ALiBi slopes of this rank's heads; bias: [H, longest row, longest row] what they add to the scores, causality
+    included (None while decoding: the cache knows the keys).
+    """
+
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+    query_scale: torch.Tensor | None = None
+    slopes: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
 
 @dataclass
@@ -51,6 +69,22 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
+class LayerNorm(nn.Module):
+    """(x - mean) / deviation * weight + bias (Ba et al. 2016, arXiv:1607.06450)."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"))
+        self.bias = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+
+
 def rotary_frequencies(config: ModelConfig, device=None) -> torch.Tensor:
     """[head_dim/2] fp32 angles per position, with the config's scaling (Su et al. 2021, arXiv:2104.09864)."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
@@ -68,7 +102,10 @@ def rotary_frequencies(config: ModelConfig, device=None) -> torch.Tensor:
 
 
 def rotary_table(positions: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype):
-    """positions [T] -> cos, sin [T, 1, head_dim] for interleaved pairs; the sign of the rotation is in sin. fp32, then dtype."""
+    """positions [T] -> cos, sin [T, 1, head_dim] for interleaved pairs; the sign of the rotation is in sin. fp32, then dtype.
+
+    frequencies: [head_dim/2], or [T, head_dim/2] when rows differ.
+    """
     angle = positions.to(torch.float32)[:, None] * frequencies
     cos = angle.cos().repeat_interleave(2, -1)
     sin = torch.stack([-angle.sin(), angle.sin()], -1).flatten(-2)
@@ -81,21 +118,54 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.addcmul(x * cos, swapped, sin)
 
 
-def packed_attention(q, k, v, lengths: list[int], kv_of_query: torch.Tensor | None, window: int | None) -> torch.Tensor:
+def ntk_stretch(length: int, trained: int) -> float:
+    """First-generation Qwen's dynamic NTK factor of the rotary base for a row of `length` tokens: 1 up to the trained length."""
+    return max(2.0 ** math.ceil(math.log2(length / trained) + 1) - 1, 1.0)
+
+
+def stretched_frequencies(frequencies: torch.Tensor, stretch: torch.Tensor) -> torch.Tensor:
+    """The frequencies of rotary bases theta * stretch^(d / (d - 2)): [d/2], [T] -> [T, d/2]."""
+    d = 2 * len(frequencies)
+    exponent = torch.arange(0, d, 2, dtype=torch.float32, device=frequencies.device) / (d - 2)
+    return frequencies * stretch[:, None] ** -exponent
+
+
+def alibi_slopes(n_heads: int, device=None) -> torch.Tensor:
+    """[n_heads] slopes of ALiBi (Press et al. 2022, arXiv:2108.12409): powers of 2^(-8/n); heads beyond a power of two take
+    the odd powers of the next finer sequence."""
+    whole = 1 << (n_heads.bit_length() - 1)
+    exponents = [8 * (i + 1) / whole for i in range(whole)] + [4 * (2 * i + 1) / whole for i in range(n_heads - whole)]
+    return torch.tensor([2.0 ** -e for e in exponents], dtype=torch.float32, device=device)
+
+
+def alibi_bias(slopes: torch.Tensor, n: int, dtype: torch.dtype) -> torch.Tensor:
+    """[H, n, n]: slope * key position where the key is not later than the query, -inf elsewhere.
+
+    No query position: softmax ignores a constant per query. fp32 product, then dtype, as BLOOM was trained.
+    """
+    key = torch.arange(n, device=slopes.device)
+    return torch.where(key <= key[:, None], (slopes[:, None, None] * key).to(dtype), -torch.inf)
+
+
+def packed_attention(q, k, v, lengths: list[int], kv_of_query: torch.Tensor | None, window: int | None,
+                     bias: torch.Tensor | None = None) -> torch.Tensor:
     """Causal attention inside each row. q: [T, H, D]; k, v: [T, Hkv, D] -> [T, H, D]. No padding, no mask tensor.
 
     kv_of_query: [H] index of each query's kv head when the grouping is not uniform on this rank, else None.
+    bias: [H, n, n] for the longest row's n, added to the scores; it holds the causal mask (ALiBi).
     """
     if kv_of_query is not None:
         k, v = k[:, kv_of_query], v[:, kv_of_query]
     q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)     # [H, T, D]
     grouped = q.shape[0] != k.shape[0]
     if len(lengths) > 1 and q.is_cuda:
-        return _padded_attention(q, k, v, lengths, grouped, window)
+        return _padded_attention(q, k, v, lengths, grouped, window, bias)
     out, start = [], 0
     for n in lengths:
         qi, ki, vi = (x[None, :, start:start + n] for x in (q, k, v))
-        if window is None or n <= window:
+        if bias is not None:
+            out.append(F.scaled_dot_product_attention(qi, ki, vi, attn_mask=bias[None, :, :n, :n], enable_gqa=grouped))
+        elif window is None or n <= window:
             out.append(F.scaled_dot_product_attention(qi, ki, vi, is_causal=True, enable_gqa=grouped))
         else:
             out.append(F.scaled_dot_product_attention(qi, ki, vi, attn_mask=_window_mask(n, window, q.device),
@@ -104,7 +174,7 @@ def packed_attention(q, k, v, lengths: list[int], kv_of_query: torch.Tensor | No
     return (torch.cat(out, 2) if len(out) > 1 else out[0])[0].transpose(0, 1)
 
 
-def _padded_attention(q, k, v, lengths, grouped, window):
+def _padded_attention(q, k, v, lengths, grouped, window, bias=None):
     """The same on a [rows, longest] grid: one kernel launch instead of one per row. Right padding needs no mask:
     causality already hides later tokens, and the padded queries are dropped."""
     longest = max(lengths)
@@ -114,7 +184,7 @@ def _padded_attention(q, k, v, lengths, grouped, window):
         full = x.new_zeros(x.shape[0], len(lengths) * longest, x.shape[-1]).index_copy(1, index, x)
         return full.unflatten(1, (len(lengths), longest)).transpose(0, 1)
 
-    mask = None if window is None or longest <= window else _window_mask(longest, window, q.device)
+    mask = bias if window is None or longest <= window else _window_mask(longest, window, q.device)
     out = F.scaled_dot_product_attention(grid(q), grid(k), grid(v), attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     return out.transpose(0, 1).flatten(1, 2)[:, index].transpose(0, 1)
 
@@ -126,16 +196,16 @@ def _window_mask(n: int, window: int, device) -> torch.Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, partition: Partition, lora: Lora | None, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, partition: Partition, lora: Lora | None, dtype: torch.dtype, layer: int):
         super().__init__()
         d, rank = config.head_dim, groups.tp_rank()
         self.wqkv = ColumnParallelLinear(
             config.dim, [("wq", "q", config.n_heads * d), ("wk", "kv", config.n_kv_heads * d), ("wv", "kv", config.n_kv_heads * d)],
             partition, bias=config.qkv_bias, lora=lora, dtype=dtype)
-        self.wo = RowParallelLinear("wo", "q", config.dim, partition, lora=lora, dtype=dtype)
+        self.wo = RowParallelLinear("wo", "q", config.dim, partition, bias=config.linear_bias, lora=lora, dtype=dtype)
         self.q_norm = RMSNorm(d, config.norm_eps, dtype, partial=True) if config.qk_norm else None
         self.k_norm = RMSNorm(d, config.norm_eps, dtype, partial=True) if config.qk_norm else None
-        self.head_dim, self.window = d, config.sliding_window
+        self.head_dim, self.window = d, config.sliding_window if layer >= config.window_first_layer else None
         self.n_heads = partition.heads[rank][1] - partition.heads[rank][0]
         self.n_kv_heads = partition.kv_heads[rank][1] - partition.kv_heads[rank][0]
         mapping = partition.kv_of_query(rank)
@@ -144,53 +214,74 @@ class Attention(nn.Module):
         self.kv_of_query = None if uniform else mapping
         self.n_cache_heads = self.n_kv_heads if uniform else self.n_heads
 
-    def forward(self, x: torch.Tensor, rows: Rows, cos, sin, cache: KVCache | None, layer: int) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rows: Rows, places: Places, cache: KVCache | None, layer: int) -> torch.Tensor:
         """x: [T, dim] -> [T, dim]. With a cache: `rows` either starts at position 0 (prefill) or is one token each (decode)."""
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))               # [T, H + 2 Hkv, D]
-        if self.q_norm is not None:
+        if places.cos is None:
             q, k, v = qkv.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], 1)
-            q, k = apply_rotary(self.q_norm(q), cos, sin), apply_rotary(self.k_norm(k), cos, sin)
+        elif self.q_norm is not None:
+            q, k, v = qkv.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], 1)
+            q, k = apply_rotary(self.q_norm(q), places.cos, places.sin), apply_rotary(self.k_norm(k), places.cos, places.sin)
         else:
             qk, v = qkv.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], 1)
-            q, k = apply_rotary(qk, cos, sin).split([self.n_heads, self.n_kv_heads], 1)
+            q, k = apply_rotary(qk, places.cos, places.sin).split([self.n_heads, self.n_kv_heads], 1)
+        if places.query_scale is not None:
+            q = q * places.query_scale
         mapping = None if self.kv_of_query is None else torch.tensor(self.kv_of_query, device=x.device)
         if cache is None:
-            out = packed_attention(q, k, v, rows.lengths, mapping, self.window)
+            out = packed_attention(q, k, v, rows.lengths, mapping, self.window, places.bias)
         else:
             if mapping is not None:         # uneven heads: the cache keeps one kv head per query head, copied once, here
                 k, v, mapping = k[:, mapping], v[:, mapping], None
             if cache.decoding:
-                out = cache.attend(layer, q, k, v)
+                out = cache.attend(layer, q, k, v, self.window, places.slopes)
             else:
                 cache.write(layer, k, v)
-                out = packed_attention(q, k, v, rows.lengths, mapping, self.window)
+                out = packed_attention(q, k, v, rows.lengths, mapping, self.window, places.bias)
         return self.wo(out.flatten(1))
 
 
-class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x) (Shazeer 2020, arXiv:2002.05202)."""
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x) (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: ModelConfig, partition: Partition, lora: Lora | None, dtype: torch.dtype):
         super().__init__()
         self.w13 = ColumnParallelLinear(config.dim, [("w1", "ffn", config.ffn_dim), ("w3", "ffn", config.ffn_dim)],
-                                        partition, lora=lora, dtype=dtype)
-        self.w2 = RowParallelLinear("w2", "ffn", config.dim, partition, lora=lora, dtype=dtype)
+                                        partition, bias=config.linear_bias, lora=lora, dtype=dtype)
+        self.w2 = RowParallelLinear("w2", "ffn", config.dim, partition, bias=config.linear_bias, lora=lora, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.w13(x).chunk(2, -1)
         return self.w2(F.silu(gate) * up)
 
 
-class Block(nn.Module):
+class GeluMLP(nn.Module):
+    """w2(gelu(w1 x)), the tanh form of gelu."""
+
     def __init__(self, config: ModelConfig, partition: Partition, lora: Lora | None, dtype: torch.dtype):
         super().__init__()
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps, dtype)
-        self.attention = Attention(config, partition, lora, dtype)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps, dtype)
-        self.feed_forward = FeedForward(config, partition, lora, dtype)
+        self.w1 = ColumnParallelLinear(config.dim, [("w1", "ffn", config.ffn_dim)], partition, bias=config.linear_bias,
+                                       lora=lora, dtype=dtype)
+        self.w2 = RowParallelLinear("w2", "ffn", config.dim, partition, bias=config.linear_bias, lora=lora, dtype=dtype)
 
-    def forward(self, x, rows, cos, sin, cache, layer):
-        x = x + self.attention(self.attention_norm(x), rows, cos, sin, cache, layer)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.w2(F.gelu(self.w1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, partition: Partition, lora: Lora | None, dtype: torch.dtype, layer: int):
+        super().__init__()
+        norm = NORMS[config.norm]
+        self.attention_norm = norm(config.dim, config.norm_eps, dtype)
+        self.attention = Attention(config, partition, lora, dtype, layer)
+        self.ffn_norm = norm(config.dim, config.norm_eps, dtype)
+        if config.n_experts:
+            self.feed_forward = MixtureOfExperts(config, partition, dtype)
+        else:
+            self.feed_forward = {"swiglu": SwiGLU, "gelu": GeluMLP}[config.mlp](config, partition, lora, dtype)
+
+    def forward(self, x, rows, places, cache, layer):
+        x = x + self.attention(self.attention_norm(x), rows, places, cache, layer)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -202,24 +293,63 @@ class Transformer(nn.Module):
         self.config, self.lora, self.dtype = config, lora, dtype
         self.partition = Partition(config, groups.tp_size())
         self.tok_embeddings = VocabParallelEmbedding("tok_embeddings", config.vocab_size, config.dim, self.partition, dtype=dtype)
-        self.layers = nn.ModuleList(Block(config, self.partition, lora, dtype) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps, dtype)
+        self.tok_norm = NORMS[config.norm](config.dim, config.norm_eps, dtype) if config.embedding_norm else None
+        self.layers = nn.ModuleList(Block(config, self.partition, lora, dtype, i) for i in range(config.n_layers))
+        self.norm = NORMS[config.norm](config.dim, config.norm_eps, dtype)
         self.checkpoint_blocks = False      # recompute each block in backward: less memory, a third more time
-        self._frequencies: torch.Tensor | None = None
+        self._constants: torch.Tensor | None = None     # rotary frequencies or ALiBi slopes; never cast with the model: precision
 
     def forward(self, tokens: torch.Tensor, rows: Rows, cache: KVCache | None = None) -> torch.Tensor:
-        """tokens: [T] ids of all rows, packed; rows: where each begins; cache: see kv_cache.KVCache."""
-        if self._frequencies is None or self._frequencies.device != tokens.device:
-            self._frequencies = rotary_frequencies(self.config, tokens.device)      # never cast with the model: precision
-        cos, sin = rotary_table(rows.positions, self._frequencies, self.dtype)
+        """tokens: [T] ids of all rows, packed; rows: where each begins; cache: see kv_cache.KVCache.
+
+        In evaluation mode (`model.eval()`) models that re-scale positions beyond their training length do so.
+        """
+        places = self._places(rows, cache)
         x = self.tok_embeddings(tokens)
+        if self.tok_norm is not None:
+            x = self.tok_norm(x)
         for i, block in enumerate(self.layers):
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, x, rows, cos, sin, None, i, use_reentrant=False,
+                x = torch.utils.checkpoint.checkpoint(block, x, rows, places, None, i, use_reentrant=False,
                                                       preserve_rng_state=False)
             else:
-                x = block(x, rows, cos, sin, cache, i)
+                x = block(x, rows, places, cache, i)
         return self.norm(x)
+
+    def _places(self, rows: Rows, cache: KVCache | None) -> Places:
+        config, device = self.config, rows.positions.device
+        if self._constants is None or self._constants.device != device:
+            self._constants = rotary_frequencies(config, device) if config.positions == "rotary" else \
+                alibi_slopes(config.n_heads, device)[slice(*self.partition.heads[groups.tp_rank()])]
+        if config.positions == "alibi":
+            decoding = cache is not None and cache.decoding
+            return Places(slopes=self._constants,
+                          bias=None if decoding else alibi_bias(self._constants, max(rows.lengths), self.dtype))
+        frequencies, query_scale = self._constants, None
+        if not self.training and config.ntk_beyond is not None:
+            frequencies = self._stretched(frequencies, rows, cache, config.ntk_beyond)
+        if not self.training and config.logn_beyond is not None:
+            factor = (rows.positions + 1).float().log() / math.log(config.logn_beyond)
+            query_scale = factor.clamp(min=1)[:, None, None].to(self.dtype)
+        return Places(*rotary_table(rows.positions, frequencies, self.dtype), query_scale=query_scale)
+
+    @staticmethod
+    def _stretched(frequencies: torch.Tensor, rows: Rows, cache: KVCache | None, trained: int) -> torch.Tensor:
+        """Dynamic NTK: each row's stretch is chosen from its length when it is prefilled, and kept while it grows."""
+        if cache is not None and cache.decoding:
+            return stretched_frequencies(frequencies, cache.stretch[:len(rows.lengths)])
+        device = rows.positions.device
+        stretch = torch.tensor([ntk_stretch(n, trained) for n in rows.lengths], device=device)
+        if cache is not None:
+            if cache.stretch is None:
+                cache.stretch = torch.ones(cache.n_slots, device=device)
+            cache.stretch[torch.tensor(cache.slots, device=device)] = stretch
+        return stretched_frequencies(frequencies, stretch.repeat_interleave(torch.tensor(rows.lengths, device=device)))
+
+    def new_cache(self, n_slots: int, max_len: int) -> KVCache:
+        """An empty key/value cache for n_slots rows of up to max_len tokens, in the model's dtype."""
+        return KVCache(self.config.n_layers, n_slots, self.n_cache_heads, max_len, self.config.head_dim, dtype=self.dtype,
+                       device=groups.device())
 
     @property
     def n_cache_heads(self) -> int:

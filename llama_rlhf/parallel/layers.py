@@ -25,7 +25,7 @@ class Piece:
     """One native tensor inside a parameter of this rank.
 
     name: native name relative to the module's parent ("wq.weight").
-    rows: where it lies in dimension 0 of the parameter.
+    rows: where it lies in dimension 0 of the parameter. (Experts stand one below the other, each a few pieces.)
     shape: of the full tensor.  dim: the dimension that is cut, None when every rank holds all of it.
     held, owned: this rank's range of `dim` in memory, and the part of it that this rank saves and counts.
     kind: the unit of the cut (see Partition), None when replicated.
@@ -109,16 +109,23 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """[.., this rank's part of the input] -> [.., out] replicated: cut on the input, one all-reduce, adapter included."""
+    """[.., this rank's part of the input] -> [.., out] replicated: cut on the input, one all-reduce, adapter included.
 
-    def __init__(self, name: str, kind: str, out_features: int, partition: Partition, *, lora: Lora | None = None,
-                 dtype: torch.dtype):
+    The bias is replicated and added once, after the reduce: its gradient is complete on every rank.
+    """
+
+    def __init__(self, name: str, kind: str, out_features: int, partition: Partition, *, bias: bool = False,
+                 lora: Lora | None = None, dtype: torch.dtype):
         super().__init__()
         r = groups.tp_rank()
         held, owned, full = partition.held[kind][r], partition.owned[kind][r], partition.full[kind]
         in_local = held[1] - held[0]
         self.weight = nn.Parameter(torch.empty(out_features, in_local, dtype=dtype, device="meta"))
         self.layout = {"weight": (Piece(f"{name}.weight", (0, out_features), (out_features, full), 1, held, owned, kind),)}
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device="meta"))
+            self.layout["bias"] = (replicated(f"{name}.bias", (out_features,)),)
         self.lora, self.lora_a, self.lora_b = lora, None, None
         if lora:
             # B is replicated and sees only this rank's Ax: its gradient is partial. Base and adapter share the one reduce
@@ -131,7 +138,64 @@ class RowParallelLinear(nn.Module):
         y = F.linear(x, self.weight)
         if self.lora_a is not None:
             y = y + F.linear(F.linear(x, self.lora_a.to(x.dtype)), (self.lora_b * self.lora.scale).to(x.dtype))
-        return reduce_from_tp(y)
+        y = reduce_from_tp(y)
+        return y if self.bias is None else y + self.bias
+
+
+class ParallelExperts(nn.Module):
+    """The SwiGLU experts of one layer: every rank holds its slice of every expert's width, so all ranks do equal work.
+
+    w13: [experts, 2 * slice, dim], each expert's gate rows followed by its up rows.  w2: [experts, dim, slice]. Both are kept
+    with the first two dimensions joined, so that an expert's native tensors are plain ranges of rows.
+    Frozen while adapters are trained: adapters stand on attention and on dense feed-forwards only.
+    """
+
+    def __init__(self, n_experts: int, dim: int, ffn_dim: int, partition: Partition, *, dtype: torch.dtype):
+        super().__init__()
+        held = partition.held["ffn"][groups.tp_rank()]
+        self.n_experts, self.dim, self.width = n_experts, dim, held[1] - held[0]
+        self.w13 = nn.Parameter(torch.empty(n_experts * 2 * self.width, dim, dtype=dtype, device="meta"))
+        self.w2 = nn.Parameter(torch.empty(n_experts * dim, self.width, dtype=dtype, device="meta"))
+
+        def piece(name: str, first: int, rows: int, shape: tuple[int, int], cut: int) -> Piece:
+            return Piece(name, (first, first + rows), shape, cut, held, held, "ffn")
+
+        self.layout = {
+            "w13": tuple(piece(f"experts.{e}.{w}.weight", (2 * e + i) * self.width, self.width, (ffn_dim, dim), 0)
+                         for e in range(n_experts) for i, w in enumerate(("w1", "w3"))),
+            "w2": tuple(piece(f"experts.{e}.w2.weight", e * dim, dim, (dim, ffn_dim), 1) for e in range(n_experts))}
+
+    def forward(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """x: [T, dim]; chosen, weights: [T, k] experts of each token and their shares -> [T, dim] sum of their outputs, one reduce."""
+        # each rank's experts give a part of the output, so the shares (and x) get a part of their gradient here: sum it
+        x, weights = copy_to_tp(x), copy_to_tp(weights)
+        n_tokens, k = chosen.shape
+        order = chosen.flatten().argsort(stable=True)                       # tokens side by side, expert after expert
+        counts = torch.bincount(chosen.flatten(), minlength=self.n_experts)
+        out = self._grouped(x[order // k], counts)[order.argsort()].unflatten(0, (n_tokens, k))
+        return reduce_from_tp((out * weights[..., None]).sum(1).to(x.dtype))    # summed in the dtype of the shares
+
+    def _grouped(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """x: [N, dim], the first counts[0] rows for expert 0 and so on."""
+        w13 = self.w13.view(self.n_experts, 2 * self.width, self.dim)
+        w2 = self.w2.view(self.n_experts, self.dim, self.width)
+        if _has_grouped_mm(x, self.width):
+            ends = counts.cumsum(0, dtype=torch.int32)
+            gate, up = F.grouped_mm(x, w13.mT, offs=ends).chunk(2, -1)
+            return F.grouped_mm(F.silu(gate) * up, w2.mT, offs=ends)
+        out = []
+        # unbind once: indexing inside the loop would make backward build one full-size gradient per expert
+        for rows, expert13, expert2 in zip(x.split(counts.tolist()), w13.unbind(), w2.unbind()):
+            if len(rows):
+                gate, up = F.linear(rows, expert13).chunk(2, -1)
+                out.append(F.linear(F.silu(gate) * up, expert2))
+        return torch.cat(out)
+
+
+def _has_grouped_mm(x: torch.Tensor, width: int) -> bool:
+    """Whether one kernel can multiply all experts: bf16 on Hopper or later, rows of 16 bytes."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0 and width % 8 == 0 and width > 0 \
+        and hasattr(F, "grouped_mm") and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -1,0 +1,167 @@
+"""The scripts as a user runs them: two gloo ranks, a toy model, files on disk; and what they say when something is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from ranks import run_script
+from toys import add_bytes_tokenizer, make_hf
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A random LLaMA for the bytes tokenizer, with problems short enough for it."""
+    folder = tmp_path_factory.mktemp("toy")
+    make_hf(folder / "hf", "llama-9-3", vocab_size=263, max_position_embeddings=96)
+    add_bytes_tokenizer(folder / "hf")
+    records = [{"instruction": f"{a}+{b}?", "output": f"{a}+{b}={a + b}\n#### {a + b}"} for a in range(4) for b in range(5)]
+    (folder / "train.json").write_text(json.dumps(records))
+    (folder / "test.json").write_text(json.dumps(records[:7]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def split(toy):
+    (code, out, err), = run_script(1, "checkpoint_split.py", ckpt_file=toy / "hf", save_path=toy / "split", n=2)
+    assert code == 0, err
+    assert sorted(os.listdir(toy / "split"))[:2] == ["consolidated.00.pth", "consolidated.01.pth"]
+    return toy / "split"
+
+
+def first_line(result, n=2):
+    """The first line of the error, which must be the sentence; every rank must have failed."""
+    assert [code for code, *_ in result] == [1] * n, result
+    lines = {err.strip().splitlines()[0] for _, _, err in result}
+    return next((line for line in sorted(lines) if "failed while" not in line), sorted(lines)[0])
+
+
+def lines_of(path):
+    with open(path) as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.mark.parametrize("lora_rank", [-1, 4])
+def test_train_then_evaluate_then_train_on(lora_rank, toy, split, tmp_path):
+    ranks = run_script(2, "solver_train.py", ckpt_dir=split, save_dir=tmp_path / "run", train_file=toy / "train.json", model_type="",
+                       max_batch_size=3, accumulation_steps=2, lora_rank=lora_rank, epochs=2, log_steps=2, lr=1e-2, dtype="fp32",
+                       max_seq_len=96, label_file=toy / "test.json", max_new_tokens=12, save_steps=3)
+    assert [code for code, *_ in ranks] == [0, 0], ranks
+    out = ranks[0][1]
+    assert "first sample" in out and "⟦0+0=0\n#### 0" in out and ranks[1][1] == ""
+    assert sorted(os.listdir(tmp_path / "run")) == ["epoch-1", "epoch-2", "log", "step-3", "step-6"]
+    metrics = lines_of(tmp_path / "run/log/metrics.jsonl")
+    train = [m for m in metrics if m["kind"] == "train"]
+    # 20 records, micro-batches of 3, 2 per step: 4 steps an epoch
+    assert [m["step"] for m in train] == [2, 4, 6, 8] and train[-1]["loss"] < train[0]["loss"] - 0.5
+    assert abs(train[0]["perplexity"] - 2.718281828 ** train[0]["loss"]) < 1e-6
+    epochs = [m for m in metrics if m["kind"] == "epoch"]
+    assert len(epochs) == 2 and sum(m["kind"] == "evaluation" for m in metrics) == 2
+    run = json.loads((tmp_path / "run/log/run.json").read_text())
+    assert run["arguments"]["lora_rank"] == lora_rank and run["arguments"]["warmup_ratio"] == 0.03
+    names = torch.load(tmp_path / "run/epoch-2/consolidated.01.pth", weights_only=True).keys()
+    assert ("layers.0.attention.wq.lora_a" in names) == (lora_rank > 0)
+
+    ranks = run_script(2, "solver_evaluate.py", task="GSM8K", ckpt_dir=tmp_path / "run", log_dir=tmp_path / "eval", max_batch_size=3,
+                       label_file=toy / "test.json", dtype="fp32", max_new_tokens=12)
+    assert [code for code, *_ in ranks] == [0, 0], ranks
+    samples, result = lines_of(tmp_path / "eval/samples.jsonl"), json.loads((tmp_path / "eval/metrics.json").read_text())
+    assert [s["id"] for s in samples] == [1, 2, 3, 4, 5, 6, 7]
+    assert {"prompt", "response", "answer", "label", "correct", "finished"} <= samples[0].keys()
+    assert result["n"] == 7 and result["correct"] == sum(s["correct"] for s in samples)
+    assert result["accuracy"] == result["correct"] / 7 and set(result["rules"]) == set("ABCD")
+    # the evaluation inside the training saw the same model: the adapters apart there, merged here
+    inside = [m for m in metrics if m["kind"] == "evaluation"][-1]
+    assert inside["mean_tokens"] == result["mean_tokens"]
+
+    # one rank, another cut, from the save of two: the same answers
+    (code, _, err), = run_script(1, "solver_evaluate.py", ckpt_dir=tmp_path / "run/epoch-2", log_dir=tmp_path / "one", max_batch_size=64,
+                                 label_file=toy / "test.json", dtype="fp32", max_new_tokens=12)
+    assert code == 0, err
+    assert [s["response"] for s in lines_of(tmp_path / "one/samples.jsonl")] == [s["response"] for s in samples]
+    (code, out, err), = run_script(1, "solver_evaluate.py", compare=f"{tmp_path / 'eval'},{tmp_path / 'one'}")
+    # --compare starts no process groups and takes no device
+    assert code == 0 and "0 became right, 0 became wrong, McNemar p = 1" in out, err
+
+
+def test_data_parallel_ranks_share_the_problems(toy, split, tmp_path):
+    for name, n, size in (("tp", 2, 2), ("dp", 2, 1)):
+        ranks = run_script(n, "solver_evaluate.py", ckpt_dir=split, log_dir=tmp_path / name, label_file=toy / "test.json", dtype="fp32",
+                           max_new_tokens=8, model_parallel_size=size, num_samples_per_prompt=3, temperature=0.8, max_batch_size=4)
+        assert [code for code, *_ in ranks] == [0, 0], ranks
+    tp, dp = (lines_of(tmp_path / name / "samples.jsonl") for name in ("tp", "dp"))
+    assert [(s["id"], s["sample"]) for s in dp] == [(i, k) for i in range(1, 8) for k in range(3)]
+    assert len({s["response"] for s in tp if s["id"] == 1}) == 3, "three samples of a prompt must differ"
+    assert set(json.loads((tmp_path / "dp/metrics.json").read_text())["pass_at_k"]) == {"1", "2", "3"}
+
+
+def test_errors_are_one_sentence_on_every_rank(toy, split, tmp_path):
+    train = lambda **flags: run_script(2, "solver_train.py", **{  # noqa: E731
+        "ckpt_dir": split, "save_dir": tmp_path / "never", "train_file": toy / "train.json", "max_seq_len": 96, **flags})
+    assert "no-such" in first_line(train(ckpt_dir=tmp_path / "no-such"))
+    assert "no-such.json" in first_line(train(train_file=tmp_path / "no-such.json"))
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps([{"instruction": "a", "output": "b"}, {"instruction": "a", "answer": "b"}]))
+    line = first_line(train(train_file=bad))
+    assert "record 2" in line and "output" in line and "answer" in line
+    bad.write_text("[]")
+    assert "bad.json" in first_line(train(train_file=bad))
+    assert "llama-2-7b" in first_line(train(model_type="lama-2-7b"))
+    assert "--max_seq_len 9999 is more than the model's 96" in first_line(train(max_seq_len=9999))
+    (tmp_path / "file").write_text("")
+    assert "is a file; a folder is needed" in first_line(train(save_dir=tmp_path / "file"))
+    assert "--model_parallel_size 3" in first_line(train(model_parallel_size=3))
+    evaluate = lambda **flags: run_script(2, "solver_evaluate.py", **{  # noqa: E731
+        "ckpt_dir": split, "log_dir": tmp_path / "never", "label_file": toy / "test.json", **flags})
+    line = first_line(evaluate(max_seq_len=5))
+    assert "record 1" in line and "max_seq_len is 5" in line
+    assert "GSM8K" in first_line(evaluate(task="GSM9K"))
+    assert not (tmp_path / "never" / "epoch-1").exists()
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(toy, split, tmp_path):
+    import shutil
+    evaluate = lambda folder: run_script(2, "solver_evaluate.py", ckpt_dir=folder, log_dir=tmp_path / "e", label_file=toy / "test.json")  # noqa: E731
+    truncated = tmp_path / "truncated"
+    shutil.copytree(split, truncated)
+    with open(truncated / "consolidated.01.pth", "r+b") as file:
+        file.truncate(os.path.getsize(truncated / "consolidated.01.pth") // 2)
+    assert "consolidated.01.pth" in first_line(evaluate(truncated))
+    flipped = tmp_path / "flipped"
+    shutil.copytree(split, flipped)
+    with open(flipped / "consolidated.00.pth", "r+b") as file:
+        file.seek(os.path.getsize(flipped / "consolidated.00.pth") // 2)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+    line = first_line(evaluate(flipped))
+    assert "consolidated.00.pth is corrupt" in line and "SHA-256" in line
+    missing = tmp_path / "missing"
+    shutil.copytree(split, missing)
+    os.remove(missing / "consolidated.00.pth")
+    assert "consolidated.00.pth" in first_line(evaluate(missing))
+
+
+def test_a_save_dir_that_holds_another_run_is_refused(toy, split, tmp_path):
+    os.makedirs(tmp_path / "run/epoch-1")
+    line = first_line(run_script(2, "solver_train.py", ckpt_dir=split, save_dir=tmp_path / "run", train_file=toy / "train.json", max_seq_len=96))
+    assert "already holds epoch-1" in line
+
+
+def test_torchrun_itself(toy, split, tmp_path):
+    """The contract's form of the command, through torchrun, and its exit codes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    done = subprocess.run([*torchrun, "solver_evaluate.py", "--task", "GSM8K", "--ckpt_dir", str(split), "--log_dir", str(tmp_path / "log"),
+                           "--label_file", str(toy / "test.json"), "--max_batch_size", "384", "--max_new_tokens", "4", "--device", "cpu"],
+                          cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" in done.stdout and (tmp_path / "log/metrics.json").exists()
+    failed = subprocess.run([*torchrun, "solver_train.py", "--ckpt_dir", str(split), "--save_dir", str(tmp_path / "x"), "--train_file",
+                             str(tmp_path / "none.json"), "--device", "cpu"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert failed.returncode != 0 and "error: " in failed.stderr and "none.json" in failed.stderr
+    ours = [line for line in failed.stderr.splitlines() if line.startswith(("[rank", "Traceback"))]     # torchrun adds its own later
+    assert ours[0].startswith("[rank") and "error: " in ours[0] and "none.json" in ours[0]
