@@ -104,8 +104,11 @@ def test_every_row_belongs_to_exactly_one_rank(n):
             assert [first + i for i in plan.kv_of_query(rank)] == wanted, (name, n, rank)
 
 
-def test_rotary_table_keeps_fp32_angles_for_bf16_models():
-    """bf16 cannot tell position 257 from 256: the angle must be computed in fp32 and only its cosine rounded."""
-    from llama_rlhf.models.transformer import rotary_table
-    cos, _ = rotary_table(torch.tensor([256, 257]), torch.tensor([1.0]), torch.bfloat16)
-    assert (cos[:, 0, 0].float() - torch.tensor([256.0, 257.0]).cos()).abs().max() < 4e-3
+def test_rotary_turns_bf16_states_by_fp32_angles():
+    """bf16 cannot tell position 257 from 256: the angle must be computed in fp32 and only the turned state rounded."""
+    from llama_rlhf.models.transformer import apply_rotary, rotary_table
+    turn = rotary_table(torch.tensor([256, 257]), torch.tensor([1.0]))
+    turned = apply_rotary(torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]]]).bfloat16(), turn)
+    angle = torch.tensor([256.0, 257.0])
+    assert turned.dtype == torch.bfloat16
+    assert (turned[:, 0].float() - torch.stack([angle.cos(), angle.sin()], -1)).abs().max() < 2e-3     # half a bf16 unit at 1

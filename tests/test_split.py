@@ -215,6 +215,17 @@ def test_every_container_gives_the_same_shards(world_of_one, tmp_path):
         shutil.rmtree(tmp_path / "out")
 
 
+@pytest.mark.parametrize("chunk", [1, 100, 1000])
+def test_writing_in_pieces_changes_no_byte(chunk, world_of_one, tmp_path, monkeypatch):
+    """Large tensors go out piece by piece, columns some rows at a time; the toys are smaller than one piece unless it is made small."""
+    from llama_rlhf.checkpoint import writer
+    make_hf(tmp_path / "hf", "llama")
+    split_checkpoint(str(tmp_path / "hf"), str(tmp_path / "whole"), 3)
+    monkeypatch.setattr(writer, "CHUNK_BYTES", chunk)
+    split_checkpoint(str(tmp_path / "hf"), str(tmp_path / "pieces"), 3)
+    assert hashes(tmp_path / "pieces") == hashes(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtype_rounds_weights_once(dtype, world_of_one, tmp_path):
     make_hf(tmp_path / "hf", "llama")

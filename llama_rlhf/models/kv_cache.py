@@ -16,8 +16,7 @@ class KVCache:
     stretch: [n_slots], set by models whose rotary base was chosen at prefill; it stays with the row.
     """
 
-    def __init__(self, n_layers: int, n_slots: int, n_heads: int, max_len: int, head_dim: int, *, dtype, device,
-                 window: int | None = None):
+    def __init__(self, n_layers: int, n_slots: int, n_heads: int, max_len: int, head_dim: int, *, dtype, device):
         shape = (n_slots, n_heads, max_len, head_dim)
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]

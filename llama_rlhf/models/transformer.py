@@ -27,13 +27,12 @@ from llama_rlhf.parallel.partition import Partition
 class Places:
     """What one forward pass knows about positions; attention applies what is there.
 
-    cos, sin: rotary tables.  query_scale: [T, 1, 1] log-n factors.
+    turn: rotary table.  query_scale: [T, 1, 1] log-n factors.
     slopes: [H] ALiBi slopes of this rank's heads; bias: [H, longest row, longest row] what they add to the scores, causality
     included (None while decoding: the cache knows the keys).
     """
 
-    cos: torch.Tensor | None = None
-    sin: torch.Tensor | None = None
+    turn: torch.Tensor | None = None
     query_scale: torch.Tensor | None = None
     slopes: torch.Tensor | None = None
     bias: torch.Tensor | None = None
@@ -101,21 +100,19 @@ def rotary_frequencies(config: ModelConfig, device=None) -> torch.Tensor:
     return (1 - blend) * frequency / scaling["factor"] + blend * frequency
 
 
-def rotary_table(positions: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype):
-    """positions [T] -> cos, sin [T, 1, head_dim] for interleaved pairs; the sign of the rotation is in sin. fp32, then dtype.
+def rotary_table(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """positions [T] -> [T, 1, head_dim/2] complex64: the turn of each interleaved pair. fp32 whatever the model's dtype, as Meta's code.
 
     frequencies: [head_dim/2], or [T, head_dim/2] when rows differ.
     """
     angle = positions.to(torch.float32)[:, None] * frequencies
-    cos = angle.cos().repeat_interleave(2, -1)
-    sin = torch.stack([-angle.sin(), angle.sin()], -1).flatten(-2)
-    return cos[:, None].to(dtype), sin[:, None].to(dtype)
+    return torch.polar(torch.ones_like(angle), angle)[:, None]
 
 
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (0,1), (2,3), ... of each head. x: [T, H, D]."""
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return torch.addcmul(x * cos, swapped, sin)
+def apply_rotary(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """Turn the pairs (0,1), (2,3), ... of each head, in fp32. x: [T, H, D]."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
 
 def ntk_stretch(length: int, trained: int) -> float:
@@ -217,14 +214,14 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, rows: Rows, places: Places, cache: KVCache | None, layer: int) -> torch.Tensor:
         """x: [T, dim] -> [T, dim]. With a cache: `rows` either starts at position 0 (prefill) or is one token each (decode)."""
         qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))               # [T, H + 2 Hkv, D]
-        if places.cos is None:
+        if places.turn is None:
             q, k, v = qkv.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], 1)
         elif self.q_norm is not None:
             q, k, v = qkv.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], 1)
-            q, k = apply_rotary(self.q_norm(q), places.cos, places.sin), apply_rotary(self.k_norm(k), places.cos, places.sin)
+            q, k = apply_rotary(self.q_norm(q), places.turn), apply_rotary(self.k_norm(k), places.turn)
         else:
             qk, v = qkv.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], 1)
-            q, k = apply_rotary(qk, places.cos, places.sin).split([self.n_heads, self.n_kv_heads], 1)
+            q, k = apply_rotary(qk, places.turn).split([self.n_heads, self.n_kv_heads], 1)
         if places.query_scale is not None:
             q = q * places.query_scale
         mapping = None if self.kv_of_query is None else torch.tensor(self.kv_of_query, device=x.device)
@@ -331,7 +328,7 @@ class Transformer(nn.Module):
         if not self.training and config.logn_beyond is not None:
             factor = (rows.positions + 1).float().log() / math.log(config.logn_beyond)
             query_scale = factor.clamp(min=1)[:, None, None].to(self.dtype)
-        return Places(*rotary_table(rows.positions, frequencies, self.dtype), query_scale=query_scale)
+        return Places(rotary_table(rows.positions, frequencies), query_scale=query_scale)
 
     @staticmethod
     def _stretched(frequencies: torch.Tensor, rows: Rows, cache: KVCache | None, trained: int) -> torch.Tensor:
