@@ -10,8 +10,8 @@ cd "$(dirname "$0")"
 NPROC=${NPROC:-2}
 RUN=${RUN:-runs/quickstart}
 LIMIT=${LIMIT:-200}
-MAX_STEPS=${MAX_STEPS:-60}
-BATCH_SIZE=${BATCH_SIZE:-8}
+MAX_STEPS=${MAX_STEPS:-150}
+BATCH_SIZE=${BATCH_SIZE:-4}
 chat=(); [ "${CHAT:-1}" = 1 ] && chat=(--use_chat_template)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
@@ -44,15 +44,15 @@ say "3. splitting $CKPT_DIR for $NPROC ranks"
 
 say "4. evaluating it on $LIMIT held-out problems"
 "${torchrun[@]}" solver_evaluate.py --task GSM8K --ckpt_dir "$RUN/split" --log_dir "$RUN/before" --label_file dataset/GSM8K/test.json \
-    --limit "$LIMIT" --max_new_tokens 200 "${chat[@]}"
+    --limit "$LIMIT" --max_new_tokens 160 "${chat[@]}"
 
 say "5. fine-tuning with LoRA"
 "${torchrun[@]}" solver_train.py --ckpt_dir "$RUN/split" --save_dir "$RUN/lora" --train_file dataset/GSM8K/train.json \
-    --lora_rank 16 --lr 1e-3 --max_batch_size "$BATCH_SIZE" --max_steps "$MAX_STEPS" "${chat[@]}"
+    --lora_rank 16 --lr 2e-3 --max_batch_size "$BATCH_SIZE" --max_steps "$MAX_STEPS" "${chat[@]}"
 
 say "6. evaluating the result"
 "${torchrun[@]}" solver_evaluate.py --task GSM8K --ckpt_dir "$RUN/lora" --log_dir "$RUN/after" --label_file dataset/GSM8K/test.json \
-    --limit "$LIMIT" --max_new_tokens 200 "${chat[@]}"
+    --limit "$LIMIT" --max_new_tokens 160 "${chat[@]}"
 
 say "before and after"
 .venv/bin/python solver_evaluate.py --compare "$RUN/before,$RUN/after"

@@ -15,6 +15,7 @@ def main(
     max_seq_len: int = -1,
     limit: int = -1,
     rule: str = "D",
+    perplexity: bool = False,
     use_chat_template: bool = False,
     system_prompt: str | None = None,
     num_samples_per_prompt: int = 1,
@@ -46,6 +47,7 @@ def main(
         max_seq_len: prompt and answer together; -1: the model's own length
         limit: only the first so many problems; -1: all
         rule: headline rule: A original, B strict, C flexible, D tolerant; all four are reported
+        perplexity: also report the loss and perplexity of the reference solutions
         use_chat_template: render prompts as the model's chat format does
         system_prompt: put before every prompt
         num_samples_per_prompt: answers per problem; more than 1 also reports pass@k
@@ -73,7 +75,7 @@ def main(
 
     from llama_rlhf.checkpoint import store
     from llama_rlhf.checkpoint.shards import load_model
-    from llama_rlhf.evaluation import check_vocabulary, encode_problems, evaluate, show
+    from llama_rlhf.evaluation import check_vocabulary, encode_problems, evaluate, reference_loss, show
     from llama_rlhf.parallel import groups
     from llama_rlhf.runlog import environment
     from llama_rlhf.sampling import Sampling
@@ -105,6 +107,8 @@ def main(
     metrics = evaluate(model, tokenizer, kind, problems, prompts, rule=rule, max_batch_size=max_batch_size, max_new_tokens=max_new_tokens,
                        max_seq_len=longest, n_samples=num_samples_per_prompt, sampling=sampling,
                        samples_file=os.path.join(log_dir, "samples.jsonl"))
+    if perplexity:
+        metrics |= reference_loss(model, tokenizer, problems, prompts, longest)
     if groups.is_main():
         from llama_rlhf.cli import resolved
         store.write_json(os.path.join(log_dir, "metrics.json"), {**metrics, "arguments": resolved, "environment": environment()})

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
+
+import torch
 
 from llama_rlhf.data import encode_prompt
 from llama_rlhf.generation import Statistics, generate
@@ -12,6 +15,7 @@ from llama_rlhf.models.transformer import CausalLM
 from llama_rlhf.parallel import groups
 from llama_rlhf.sampling import Sampling
 from llama_rlhf.scoring import mcnemar_exact, pass_at_k, wilson_interval
+from llama_rlhf.trainer import response_logprobs
 
 
 def check_vocabulary(tokenizer, model, where: str) -> None:
@@ -45,7 +49,7 @@ def evaluate(model: CausalLM, tokenizer, task, problems, prompts: list[list[int]
         import sys
 
         from tqdm import tqdm
-        bar = tqdm(total=0, unit="answer", mininterval=0.3 if sys.stderr.isatty() else 10.0, dynamic_ncols=True)
+        bar = tqdm(total=len(problems) * n_samples // groups.dp_size(), unit="answer", mininterval=0.3 if sys.stderr.isatty() else 10.0, dynamic_ncols=True)
 
     statistics = Statistics()
 
@@ -87,6 +91,34 @@ def evaluate(model: CausalLM, tokenizer, task, problems, prompts: list[list[int]
             "cache_mb": round(per_replica[0].cache_bytes / 1e6, 1)}
 
 
+@torch.no_grad()
+def reference_loss(model: CausalLM, tokenizer, problems, prompts: list[list[int]], max_seq_len: int, *, max_tokens: int = 4096) -> dict:
+    """Collective. Mean loss (nats per token, end token included) and perplexity of the reference solutions given their prompts.
+
+    exp(total loss / total tokens) over all problems and replicas; solutions are cut at max_seq_len, problems without one left out.
+    """
+    loss, n_tokens, rows = 0.0, 0, []
+
+    def flush():
+        nonlocal loss, n_tokens
+        if rows:
+            logprobs = response_logprobs(model, [tokens for tokens, _ in rows], [n for _, n in rows])
+            loss, n_tokens = loss - float(logprobs.sum(dtype=torch.float64)), n_tokens + len(logprobs)
+            rows.clear()
+
+    for i in range(groups.dp_rank(), len(problems), groups.dp_size()):
+        if problems[i].solution:
+            tokens = (prompts[i] + tokenizer.encode(problems[i].solution, eos=True))[:max_seq_len]
+            if sum(len(row) for row, _ in rows) + len(tokens) > max_tokens:
+                flush()
+            rows.append((tokens, len(prompts[i])))
+    flush()
+    parts = [part for part, tp_rank in groups.gather_objects(((loss, n_tokens), groups.tp_rank())) if tp_rank == 0]
+    loss, n_tokens = sum(part[0] for part in parts), sum(part[1] for part in parts)
+    mean = loss / n_tokens if n_tokens else float("nan")
+    return {"reference_loss": mean, "reference_perplexity": math.exp(min(mean, 700.0)), "reference_tokens": n_tokens}
+
+
 def summarize(rows: list[dict], rule: str) -> dict:
     """Accuracy = correct / all answers, with its Wilson interval, under every rule; shares and lengths."""
     n, right = len(rows), sum(row["correct"] for row in rows)
@@ -116,6 +148,9 @@ def show(metrics: dict) -> str:
              "by rule: " + ", ".join(f"{name} {value['accuracy']:.1%}" for name, value in metrics["rules"].items()),
              f"finished {metrics['finished_share']:.1%}, {metrics['mean_tokens']:.0f} tokens per answer, "
              f"{metrics['tokens_per_second']} tokens/s, {metrics['seconds']} s"]
+    if "reference_loss" in metrics:
+        lines.append(f"reference solutions: loss {metrics['reference_loss']:.4f}, perplexity {metrics['reference_perplexity']:.3f} "
+                     f"over {metrics['reference_tokens']} tokens")
     if "pass_at_k" in metrics:
         lines.append("pass@k: " + ", ".join(f"{k}: {value:.1%}" for k, value in metrics["pass_at_k"].items()))
     return "\n".join(lines)

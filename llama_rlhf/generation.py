@@ -164,23 +164,26 @@ def generate(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, .
 
     was_training = model.training
     model.eval()
-    while waiting or active:
-        if waiting and (not active or n_slots - len(active) >= max(1, n_slots // 16)):
-            start = time.perf_counter()
-            prefill()
-            stats.prefill_seconds += time.perf_counter() - start
-            continue
-        n = len(active)
-        cache.begin_decode(lengths[:n], max(row.length + len(row.tokens) for row in active) - 1)
-        hidden = model(current[:n], Rows([1] * n, lengths[:n]), cache)
-        lengths[:n] += 1
-        token, logprob = pick(hidden, active, identity[:, :n], lengths[:n])
-        stats.decode_steps += 1
-        stats.decode_rows += n
-        stats.slot_steps += n_slots
-        accept(0, token, logprob)
-        if on_step is not None:
-            on_step(total - len(waiting) - len(active), total)
-    model.train(was_training)
+    try:
+        while waiting or active:
+            if waiting and (not active or n_slots - len(active) >= max(1, n_slots // 16)):
+                start = time.perf_counter()
+                prefill()
+                stats.prefill_seconds += time.perf_counter() - start
+                continue
+            n = len(active)
+            cache.begin_decode(lengths[:n], max(row.length + len(row.tokens) for row in active) - 1)
+            hidden = model(current[:n], Rows([1] * n, lengths[:n]), cache)
+            lengths[:n] += 1
+            token, logprob = pick(hidden, active, identity[:, :n], lengths[:n])
+            stats.decode_steps += 1
+            stats.decode_rows += n
+            stats.slot_steps += n_slots
+            accept(0, token, logprob)
+            if on_step is not None:
+                on_step(total - len(waiting) - len(active), total)
+    finally:
+        model.train(was_training)
+        groups.release_freed_memory()
     stats.seconds += time.perf_counter() - began
     return results

@@ -114,6 +114,8 @@ class Trainer:
             self.skipped_steps, self.skipped_in_a_row = self.skipped_steps + 1, self.skipped_in_a_row + 1
         self._gradients.clear()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.n_steps % 8 == 0:
+            groups.release_freed_memory()
         if self.skipped_in_a_row >= self.max_skipped_steps:
             raise RuntimeError(f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite (last: loss {mean_loss}, "
                                f"gradient norm {grad_norm}). Lower --lr, use --dtype fp32, or look at the data; weights are as before them.")

@@ -88,6 +88,26 @@ def test_train_then_evaluate_then_train_on(lora_rank, toy, split, tmp_path):
     assert code == 0 and "0 became right, 0 became wrong, McNemar p = 1" in out, err
 
 
+def test_reference_perplexity_equals_transformers(toy, split, tmp_path):
+    import transformers
+    ranks = run_script(2, "solver_evaluate.py", ckpt_dir=split, log_dir=tmp_path, label_file=toy / "test.json", dtype="fp32",
+                       max_new_tokens=4, perplexity=True)
+    assert [code for code, *_ in ranks] == [0, 0], ranks
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    model = transformers.AutoModelForCausalLM.from_pretrained(toy / "hf").eval()
+    losses = []
+    for record in json.loads((toy / "test.json").read_text()):
+        prompt = [256, *(record["instruction"] + "\n").encode()]          # the bytes tokenizer: bos 256, eos 257
+        ids = torch.tensor([[*prompt, *record["output"].encode(), 257]])
+        with torch.no_grad():
+            logprobs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        losses.append(-logprobs[len(prompt) - 1:])
+    losses = torch.cat(losses)
+    assert metrics["reference_tokens"] == len(losses)
+    assert abs(metrics["reference_loss"] - losses.mean().item()) < 1e-5
+    assert abs(metrics["reference_perplexity"] / losses.mean().exp().item() - 1) < 1e-5
+
+
 def test_data_parallel_ranks_share_the_problems(toy, split, tmp_path):
     for name, n, size in (("tp", 2, 2), ("dp", 2, 1)):
         ranks = run_script(n, "solver_evaluate.py", ckpt_dir=split, log_dir=tmp_path / name, label_file=toy / "test.json", dtype="fp32",

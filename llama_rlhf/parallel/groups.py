@@ -81,16 +81,20 @@ def keep_freed_memory() -> None:
     """Let a CPU process reuse freed blocks instead of returning them: activations of megabytes come and go at every operation,
     and fetching fresh pages for each costs several times the arithmetic (RMSNorm of 900x576: 2.0 ms against 0.18 here).
 
-    Peak memory is unchanged, memory after the peak stays taken. glibc only; elsewhere this does nothing.
+    Free memory between blocks of many sizes adds up: call `release_freed_memory` now and then. glibc only; elsewhere nothing happens.
     """
-    if _state["device"].type != "cpu":
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 256 << 20)              # M_MMAP_THRESHOLD
-        mallopt(-1, (1 << 31) - 1)          # M_TRIM_THRESHOLD
-    except (OSError, AttributeError):
-        pass
+    if _state["device"].type == "cpu":
+        with contextlib.suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(-3, 256 << 20)              # M_MMAP_THRESHOLD
+            mallopt(-1, (1 << 31) - 1)          # M_TRIM_THRESHOLD
+
+
+def release_freed_memory() -> None:
+    """Give freed pages back to the system (see keep_freed_memory)."""
+    if _state["device"].type == "cpu":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def shutdown() -> None:
