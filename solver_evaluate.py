@@ -92,15 +92,21 @@ def main(
         problems = kind.load(label_file)[:limit if limit >= 0 else None]
         if rule not in kind.RULES:
             raise ValueError(f"--rule {rule!r}: use one of {', '.join(kind.RULES)}")
+        if limit == 0 or limit < -1:
+            raise ValueError(f"--limit {limit}: use -1 for all problems, or at least 1")
         if max_batch_size < 1 or max_new_tokens < 1 or num_samples_per_prompt < 1:
             raise ValueError("--max_batch_size, --max_new_tokens and --num_samples_per_prompt must be at least 1")
         sampling = Sampling(temperature, top_k, top_p, min_p, seed)
         tokenizer = load_tokenizer(tokenizer_file or ckpt_dir, chat_format=chat_format)
     store.check_writable(log_dir)
+    if groups.is_main() and os.path.exists(os.path.join(log_dir, "metrics.json")):
+        os.remove(os.path.join(log_dir, "metrics.json"))        # never beside the samples of another run
     model = load_model(ckpt_dir, dtype=groups.default_dtype(dtype), model_type=model_type)
     longest = model.config.max_seq_len if max_seq_len == -1 else max_seq_len
     with groups.together("encoding the problems"):
         check_vocabulary(tokenizer, model, ckpt_dir)
+        if not 2 <= longest <= model.config.max_seq_len:
+            raise ValueError(f"--max_seq_len {max_seq_len}: this model allows 2 to {model.config.max_seq_len}")
         prompts = encode_problems(tokenizer, problems, label_file, longest, use_chat_template=use_chat_template, system_prompt=system_prompt)
     groups.log(f"{len(problems)} problems of {label_file}, model {ckpt_dir}: {model.config.n_parameters / 1e6:.1f} M weights, "
                f"{groups.tp_size()} tensor-parallel x {groups.dp_size()} data-parallel ranks, {model.dtype}")

@@ -75,7 +75,7 @@ def main(
         log_steps: optimizer steps between lines of the log
         activation_checkpointing: recompute blocks in the backward pass: less memory, about a third more time
         seed: of the order of the data and new adapters
-        dtype: auto, bf16, fp16 or fp32; bf16 keeps fp32 master weights
+        dtype: auto, bf16 or fp32; bf16 keeps fp32 master weights
         model_parallel_size: tensor-parallel ranks; -1: all processes; the rest are data-parallel replicas
         tokenizer_file: when it is not beside the weights
         chat_format: llama-2, mistral-v1, mistral-v3, chatml or llama-3, for a tokenizer without a template of its own
@@ -87,6 +87,7 @@ def main(
     import time
 
     from llama_rlhf.checkpoint import store
+    from llama_rlhf.checkpoint.export import companions_folder
     from llama_rlhf.checkpoint.shards import load_model, save_model
     from llama_rlhf.data import DataReport, batches, read_records, sft_examples, show_example
     from llama_rlhf.evaluation import check_vocabulary, encode_problems, evaluate, show
@@ -102,8 +103,15 @@ def main(
     with groups.together("checking the arguments and the data"):
         if lora_rank == 0 or lora_rank < -1:
             raise ValueError(f"--lora_rank {lora_rank}: use -1 to train all weights, or a rank such as 16")
-        if min(max_batch_size, accumulation_steps, epochs, log_steps) < 1:
-            raise ValueError("--max_batch_size, --accumulation_steps, --epochs and --log_steps must be at least 1")
+        if min(max_batch_size, accumulation_steps, epochs, log_steps, eval_batch_size, max_new_tokens) < 1:
+            raise ValueError("--max_batch_size, --accumulation_steps, --epochs, --log_steps, --eval_batch_size and --max_new_tokens must be at least 1")
+        if max_steps != -1 and max_steps < 1:
+            raise ValueError(f"--max_steps {max_steps}: use -1 for no limit, or at least 1")
+        if lr != -1 and lr <= 0 or not 0 <= warmup_ratio <= 1:
+            raise ValueError(f"--lr {lr} must be positive (or -1 for the default) and --warmup_ratio {warmup_ratio} between 0 and 1")
+        if dtype == "fp16":
+            raise ValueError("--dtype fp16: training needs loss scaling, which is not here yet; small gradients would vanish. Use bf16 or fp32.")
+        companions = companions_folder(tokenizer_file) or ckpt_dir
         if saves := store.existing_saves(save_dir):
             raise ValueError(f"--save_dir {save_dir} already holds {', '.join(saves[:3])} of another run. Choose another folder.")
         tokenizer = load_tokenizer(tokenizer_file or ckpt_dir, chat_format=chat_format)
@@ -114,10 +122,15 @@ def main(
             raise ValueError(f"{train_file}: no record is left to train on ({report}). Raise --max_seq_len.")
         kind = get_task(task)
         problems = kind.load(label_file) if label_file else []
+    log_dir = log_dir or os.path.join(save_dir, "log")
     store.check_writable(save_dir)
+    store.check_writable(log_dir)
     lora = Lora(lora_rank, lora_alpha) if lora_rank > 0 else None
     model = load_model(ckpt_dir, lora=lora, dtype=groups.default_dtype(dtype), model_type=model_type, seed=seed)
     model.checkpoint_blocks = activation_checkpointing
+    n_bytes = sum(groups.gather_objects(sum(p.nbytes for p in model.parameters()) if groups.dp_rank() == 0 else 0))
+    with groups.together(f"checking the space in {save_dir}"):
+        store.check_free_space(save_dir, n_bytes)       # for the first save: better now than after an epoch
     with groups.together("checking the data against the model"):
         check_vocabulary(tokenizer, model, ckpt_dir)
         if max_seq_len > model.config.max_seq_len:
@@ -133,7 +146,7 @@ def main(
     total_steps = steps_planned if max_steps == -1 else min(steps_planned, max_steps)
     trainer = Trainer(model, lr=lr if lr > 0 else (1e-5 if lora is None else 2e-4), total_steps=total_steps, schedule=lr_schedule,
                       warmup_steps=math.ceil(warmup_ratio * total_steps), weight_decay=weight_decay, max_grad_norm=max_grad_norm)
-    run_log = RunLog(log_dir or os.path.join(save_dir, "log"), total=total_steps)
+    run_log = RunLog(log_dir, total=total_steps)
     run_log.write(f"{train_file}: {report}\n{trainer.describe()}\n{groups.tp_size()} tensor-parallel x {groups.dp_size()} data-parallel "
                   f"ranks, {model.dtype}, {total_steps} steps\nfirst sample, trained part in brackets: {show_example(examples[0], tokenizer)}")
 
@@ -145,7 +158,7 @@ def main(
         return sum(len(examples[i].tokens) - examples[i].prompt_len for i in indices)
 
     def save(name, epoch):
-        save_model(model, os.path.join(save_dir, name), companions=os.path.dirname(tokenizer_file) or ckpt_dir,
+        save_model(model, os.path.join(save_dir, name), companions=companions,
                    step=trainer.n_steps, epoch=epoch)
         run_log.write(f"saved {os.path.join(save_dir, name)}")
 

@@ -13,6 +13,7 @@ python=${PYTHON:-.venv/bin/python}
 torchrun=("$python" -m torch.distributed.run --nproc_per_node "$NPROC")
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
+: "${TRAIN:?path of the official train.jsonl}" "${CKPT_DIR:?the model to start from}"
 mkdir -p "$RUN"
 "$python" dataset/GSM8K/prepare.py --source "$TRAIN" --save_file "$RUN/train.json" --hold_out 200 --hold_out_file "$RUN/held_out.json"
 "${torchrun[@]}" solver_evaluate.py --ckpt_dir "$CKPT_DIR" --log_dir "$RUN/before" --label_file "$RUN/held_out.json" --perplexity "${chat[@]}"

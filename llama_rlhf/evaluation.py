@@ -62,7 +62,7 @@ def evaluate(model: CausalLM, tokenizer, task, problems, prompts: list[list[int]
     started = time.perf_counter()
     completions = generate(model, [prompts[i] for i in mine], eos_ids=tokenizer.eos_ids, max_new_tokens=max_new_tokens,
                            max_batch_size=max_batch_size, max_seq_len=max_seq_len, n_samples=n_samples,
-                           sampling=sampling, on_step=on_step, statistics=statistics)
+                           sampling=sampling, on_step=on_step, statistics=statistics, request_ids=list(mine))
     rows = []
     for i, samples in zip(mine, completions):
         for completion in samples:
@@ -106,13 +106,18 @@ def reference_loss(model: CausalLM, tokenizer, problems, prompts: list[list[int]
             loss, n_tokens = loss - float(logprobs.sum(dtype=torch.float64)), n_tokens + len(logprobs)
             rows.clear()
 
-    for i in range(groups.dp_rank(), len(problems), groups.dp_size()):
-        if problems[i].solution:
-            tokens = (prompts[i] + tokenizer.encode(problems[i].solution, eos=True))[:max_seq_len]
-            if sum(len(row) for row, _ in rows) + len(tokens) > max_tokens:
-                flush()
-            rows.append((tokens, len(prompts[i])))
-    flush()
+    was_training = model.training
+    model.eval()
+    try:
+        for i in range(groups.dp_rank(), len(problems), groups.dp_size()):
+            if problems[i].solution:
+                tokens = (prompts[i] + tokenizer.encode(problems[i].solution, eos=True))[:max_seq_len]
+                if sum(len(row) for row, _ in rows) + len(tokens) > max_tokens:
+                    flush()
+                rows.append((tokens, len(prompts[i])))
+        flush()
+    finally:
+        model.train(was_training)
     parts = [part for part, tp_rank in groups.gather_objects(((loss, n_tokens), groups.tp_rank())) if tp_rank == 0]
     loss, n_tokens = sum(part[0] for part in parts), sum(part[1] for part in parts)
     mean = loss / n_tokens if n_tokens else float("nan")
@@ -120,13 +125,17 @@ def reference_loss(model: CausalLM, tokenizer, problems, prompts: list[list[int]
 
 
 def summarize(rows: list[dict], rule: str) -> dict:
-    """Accuracy = correct / all answers, with its Wilson interval, under every rule; shares and lengths."""
+    """Accuracy = correct / all answers, with its Wilson interval, under every rule; shares and lengths. At least one row.
+
+    Several answers to one problem are not independent: the interval is that of as many trials as there are problems.
+    """
     n, right = len(rows), sum(row["correct"] for row in rows)
-    low, high = wilson_interval(right, n)
+    n_problems = len({row["id"] for row in rows})
+    interval = lambda hits: list(wilson_interval(hits * n_problems / n, n_problems))  # noqa: E731
     rules = {}
-    for name in (rows[0]["correct_by_rule"] if rows else ()):
+    for name in rows[0]["correct_by_rule"]:
         hits = sum(row["correct_by_rule"][name] for row in rows)
-        rules[name] = {"accuracy": hits / n, "correct": hits, "interval": list(wilson_interval(hits, n))}
+        rules[name] = {"accuracy": hits / n, "correct": hits, "interval": interval(hits)}
     groups_of = {}
     for row in rows:
         groups_of.setdefault(row["id"], []).append(row["correct"])
@@ -135,9 +144,9 @@ def summarize(rows: list[dict], rule: str) -> dict:
     if len(sizes) == 1 and (k_max := sizes.pop()) > 1:
         for k in sorted({1, *(2 ** i for i in range(1, 12) if 2 ** i <= k_max), k_max}):
             passes[str(k)] = sum(pass_at_k(k_max, sum(group), k) for group in groups_of.values()) / len(groups_of)
-    return {"rule": rule, "accuracy": right / n if n else 0.0, "interval": [low, high], "correct": right, "n": n, "rules": rules,
-            "finished_share": sum(row["finished"] for row in rows) / n if n else 0.0,
-            "mean_tokens": sum(row["n_tokens"] for row in rows) / n if n else 0.0, **({"pass_at_k": passes} if passes else {})}
+    return {"rule": rule, "accuracy": right / n, "interval": interval(right), "correct": right, "n": n, "n_problems": n_problems, "rules": rules,
+            "finished_share": sum(row["finished"] for row in rows) / n,
+            "mean_tokens": sum(row["n_tokens"] for row in rows) / n, **({"pass_at_k": passes} if passes else {})}
 
 
 def show(metrics: dict) -> str:
@@ -157,23 +166,27 @@ def show(metrics: dict) -> str:
 
 
 def compare_runs(log_dirs: list[str]) -> str:
-    """A table of evaluations (one line each) and, for each against the first, the paired exact McNemar test on common items."""
+    """A table of evaluations (one line each) and, for each against the first, the paired exact McNemar test on common items.
+
+    Judged by the first run's headline rule throughout; the test takes the first sample of each problem.
+    """
     runs = [(log_dir, *_read_run(log_dir)) for log_dir in log_dirs]
+    rule = runs[0][1]["rule"]
     width = max(len(log_dir) for log_dir, *_ in runs)
     lines = [f"{'run':{width}}  accuracy  95 % interval        A      B      C      D  finished  tokens"]
     for log_dir, metrics, _ in runs:
-        low, high = metrics["interval"]
+        low, high = metrics["rules"][rule]["interval"]
         by_rule = "".join(f"{metrics['rules'][rule]['accuracy']:7.1%}" for rule in "ABCD")
-        lines.append(f"{log_dir:{width}}  {metrics['accuracy']:8.1%}  {low:6.1%} to {high:6.1%} {by_rule}  {metrics['finished_share']:8.1%}"
+        lines.append(f"{log_dir:{width}}  {metrics['rules'][rule]['accuracy']:8.1%}  {low:6.1%} to {high:6.1%} {by_rule}  {metrics['finished_share']:8.1%}"
                      f"  {metrics['mean_tokens']:6.0f}")
     first_name, _, first = runs[0]
     for name, _, rows in runs[1:]:
         if differing := [key for key in first.keys() & rows.keys() if first[key]["prompt"] != rows[key]["prompt"]]:
             raise ValueError(f"{first_name} and {name} answered different problems (first: id {differing[0][0]}); compare runs on one label_file")
-        common = sorted(first.keys() & rows.keys())
-        gained = sum(rows[key]["correct"] and not first[key]["correct"] for key in common)
-        lost = sum(first[key]["correct"] and not rows[key]["correct"] for key in common)
-        lines.append(f"{name} against {first_name}, {len(common)} common answers: {gained} became right, {lost} became wrong, "
+        common = sorted(key for key in first.keys() & rows.keys() if key[1] == 0)
+        was, now = ([answers[key]["correct_by_rule"][rule] for key in common] for answers in (first, rows))
+        gained, lost = sum(b and not a for a, b in zip(was, now)), sum(a and not b for a, b in zip(was, now))
+        lines.append(f"{name} against {first_name}, {len(common)} common problems, rule {rule}: {gained} became right, {lost} became wrong, "
                      f"McNemar p = {mcnemar_exact(gained, lost):.2g}")
     return "\n".join(lines)
 

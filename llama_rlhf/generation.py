@@ -63,12 +63,14 @@ def generate(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, .
              min_new_tokens: int = 0, max_batch_size: int = 64, max_seq_len: int | None = None, n_samples: int = 1,
              sampling: Sampling = Sampling(), with_logprobs: bool = False, stop: Callable[[list[int]], bool] | None = None,
              on_step: Callable[[int, int], None] | None = None, on_token: Callable[[int, int, int], None] | None = None,
-             statistics: Statistics | None = None) -> list[list[Completion]]:
+             statistics: Statistics | None = None, request_ids: list[int] | None = None) -> list[list[Completion]]:
     """Complete every prompt n_samples times. The same call on every tensor-parallel rank returns the same result.
 
     prompts: token ids, beginning-of-text included where the tokenizer has one.
     max_seq_len: prompt + response at most (default: the model's own); rows that reach it end unfinished.
     stop: tells from a row's new tokens whether it must end there (stop strings).
+    request_ids: the prompts' keys for the random numbers (default: their places in the list); replicas that share a list of
+          prompts pass the places in the whole list, so that no two draw the same numbers.
     on_step(finished rows, all rows) after each step; on_token(prompt, sample, id) for each token as it comes.
     Returns [prompt][sample] Completion. ValueError for an empty prompt or one that leaves no room for a token.
     """
@@ -91,6 +93,7 @@ def generate(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, .
     vocab, weight = model.partition.held["vocab"], model.head_weight
     # long prompts first: the batch drains evenly at the end
     waiting = [(i, s) for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])) for s in range(n_samples)][::-1]
+    keys = list(range(len(prompts))) if request_ids is None else list(request_ids)
     active: list[_Row] = []         # active[b] lives in slot b
     eos = torch.tensor(sorted(eos_ids), device=device)
     lengths = torch.zeros(n_slots, dtype=torch.long, device=device)     # tokens cached in each slot
@@ -130,7 +133,7 @@ def generate(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, .
             if first + b != slot:
                 cache.move(slot, first + b, row.length)
         here = slice(first, first + len(new))
-        identity[:, here] = torch.tensor([[row.prompt for row in new], [row.sample for row in new]])
+        identity[:, here] = torch.tensor([[keys[row.prompt] for row in new], [row.sample for row in new]])
         lengths[here] = torch.tensor([row.length for row in new])
         token, logprob = pick(hidden[torch.tensor(source)], new, identity[:, here], lengths[here])
         active.extend(new)

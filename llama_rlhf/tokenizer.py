@@ -20,6 +20,7 @@ import datetime
 import json
 import re
 import secrets
+import tempfile
 from pathlib import Path
 
 FOLDER_FILES = (
@@ -529,11 +530,19 @@ class _Settings:
 
 
 def load_tokenizer(path, *, chat_format=None):
-    """The tokenizer in `path`, a folder or a file; the json files beside it are read too.
+    """The tokenizer in `path`: a folder, a tokenizer file, a GGUF file, or a weight file it stands beside.
+
+    The json files beside it are read too.
 
     chat_format: one of CHAT_FORMATS, or a named template of the folder; by default the folder's own template.
     Raises FileNotFoundError when there is no tokenizer, ValueError when a file is damaged or of unknown kind.
     """
+    if (gguf := _gguf(Path(path))) is not None:
+        from llama_rlhf.checkpoint.gguf_tokenizer import write_tokenizer_files
+
+        with tempfile.TemporaryDirectory() as folder:
+            write_tokenizer_files(str(gguf), folder)
+            return load_tokenizer(folder, chat_format=chat_format)
     file = _find(Path(path))
     if file.stat().st_size > MAX_FILE_BYTES:
         raise ValueError(f"{file} has {file.stat().st_size >> 20} MB: too large for a tokenizer")
@@ -558,9 +567,21 @@ def load_tokenizer(path, *, chat_format=None):
     return tokenizer
 
 
+def _gguf(path):
+    """The GGUF file whose own tokenizer is meant: the path itself, or the only one of a folder without tokenizer files."""
+    if path.is_file():
+        return path if path.suffix == ".gguf" else None
+    if not path.is_dir() or any((path / name).is_file() for name in FOLDER_FILES):
+        return None
+    files = list(path.glob("*.gguf"))
+    return files[0] if len(files) == 1 else None
+
+
 def _find(path):
     if path.is_file():
-        return path
+        if path.suffix not in (".safetensors", ".bin", ".pth", ".pt") and not path.name.endswith(".index.json"):
+            return path
+        path = path.parent
     if not path.exists():
         raise FileNotFoundError(f"tokenizer path {str(path)!r} does not exist")
     for name in FOLDER_FILES:

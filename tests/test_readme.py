@@ -20,6 +20,8 @@ def commands():
         with open(document) as file:
             text = file.read().replace("\\\n", " ")
         for line in text.splitlines():
+            if "..." in line:               # prose about a command, not one
+                continue
             line = re.sub(r'"\$\{chat\[@\]\}"', "--use_chat_template", line)
             line = re.sub(r"\$\w+", "1", line.replace('"${torchrun[@]}"', "torchrun"))      # shell variables: any value will do
             if match := re.search(r"(?:torchrun|python3?) .*?(\w+(?:/\w+)*\.py)( .*)?$", line.strip("` ")):

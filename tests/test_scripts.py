@@ -109,14 +109,20 @@ def test_reference_perplexity_equals_transformers(toy, split, tmp_path):
 
 
 def test_data_parallel_ranks_share_the_problems(toy, split, tmp_path):
-    for name, n, size in (("tp", 2, 2), ("dp", 2, 1)):
+    for name, n, size in (("tp", 2, 2), ("dp", 2, 1), ("one", 1, 1)):
         ranks = run_script(n, "solver_evaluate.py", ckpt_dir=split, log_dir=tmp_path / name, label_file=toy / "test.json", dtype="fp32",
                            max_new_tokens=8, model_parallel_size=size, num_samples_per_prompt=3, temperature=0.8, max_batch_size=4)
-        assert [code for code, *_ in ranks] == [0, 0], ranks
+        assert [code for code, *_ in ranks] == [0] * n, ranks
     tp, dp = (lines_of(tmp_path / name / "samples.jsonl") for name in ("tp", "dp"))
     assert [(s["id"], s["sample"]) for s in dp] == [(i, k) for i in range(1, 8) for k in range(3)]
+    one = lines_of(tmp_path / "one/samples.jsonl")
+    assert [s["response"] for s in one] == [s["response"] for s in tp] == [s["response"] for s in dp], "a sample depends on the layout"
     assert len({s["response"] for s in tp if s["id"] == 1}) == 3, "three samples of a prompt must differ"
-    assert set(json.loads((tmp_path / "dp/metrics.json").read_text())["pass_at_k"]) == {"1", "2", "3"}
+    metrics = json.loads((tmp_path / "dp/metrics.json").read_text())
+    assert set(metrics["pass_at_k"]) == {"1", "2", "3"} and (metrics["n"], metrics["n_problems"]) == (21, 7)
+    from llama_rlhf.scoring import wilson_interval
+    # three answers to a problem are not three independent trials
+    assert metrics["interval"] == list(wilson_interval(metrics["correct"] / 3, 7))
 
 
 def test_errors_are_one_sentence_on_every_rank(toy, split, tmp_path):
@@ -132,11 +138,16 @@ def test_errors_are_one_sentence_on_every_rank(toy, split, tmp_path):
     assert "bad.json" in first_line(train(train_file=bad))
     assert "llama-2-7b" in first_line(train(model_type="lama-2-7b"))
     assert "--max_seq_len 9999 is more than the model's 96" in first_line(train(max_seq_len=9999))
+    for flags in (dict(max_steps=0), dict(max_steps=-5), dict(lr=0), dict(warmup_ratio=2), dict(eval_batch_size=0), dict(dtype="fp16")):
+        name, = flags
+        assert f"--{name}" in first_line(train(**flags))
     (tmp_path / "file").write_text("")
     assert "is a file; a folder is needed" in first_line(train(save_dir=tmp_path / "file"))
     assert "--model_parallel_size 3" in first_line(train(model_parallel_size=3))
     evaluate = lambda **flags: run_script(2, "solver_evaluate.py", **{  # noqa: E731
         "ckpt_dir": split, "log_dir": tmp_path / "never", "label_file": toy / "test.json", **flags})
+    assert "this model allows 2 to 96" in first_line(evaluate(max_seq_len=97))
+    assert "--limit 0" in first_line(evaluate(limit=0))
     line = first_line(evaluate(max_seq_len=5))
     assert "record 1" in line and "max_seq_len is 5" in line
     assert "GSM8K" in first_line(evaluate(task="GSM9K"))
@@ -170,6 +181,24 @@ def test_a_save_dir_that_holds_another_run_is_refused(toy, split, tmp_path):
     os.makedirs(tmp_path / "run/epoch-1")
     line = first_line(run_script(2, "solver_train.py", ckpt_dir=split, save_dir=tmp_path / "run", train_file=toy / "train.json", max_seq_len=96))
     assert "already holds epoch-1" in line
+
+
+def test_a_single_weight_file_is_a_model_too(toy, tmp_path):
+    """Its config and tokenizer stand beside it."""
+    (code, out, err), = run_script(1, "solver_evaluate.py", ckpt_dir=toy / "hf/model.safetensors", log_dir=tmp_path, label_file=toy / "test.json",
+                                   max_new_tokens=4, limit=2)
+    assert code == 0, err
+    assert len(lines_of(tmp_path / "samples.jsonl")) == 2
+
+
+def test_compare_judges_all_runs_by_one_rule(toy, split, tmp_path):
+    for name, rule in (("a", "A"), ("d", "D")):
+        (code, _, err), = run_script(1, "solver_evaluate.py", ckpt_dir=split, log_dir=tmp_path / name, label_file=toy / "test.json", rule=rule,
+                                     max_new_tokens=12)
+        assert code == 0, err
+    from llama_rlhf.evaluation import compare_runs
+    table = compare_runs([str(tmp_path / "a"), str(tmp_path / "d")])
+    assert "rule A: 0 became right, 0 became wrong" in table     # the same model: only the rules differ
 
 
 def test_torchrun_itself(toy, split, tmp_path):

@@ -75,6 +75,13 @@ def test_logits_equal_transformers_at_1_to_4_ranks(gguf, split, reference):
         assert (got - expected).abs().max() < 1e-4, n
 
 
+def test_the_tokenizer_inside_the_gguf_file_is_found(gguf, split):
+    from llama_rlhf.tokenizer import load_tokenizer
+    inside, beside = load_tokenizer(gguf), load_tokenizer(split)
+    text = "Natalia sold 48/2 = 24 clips <|im_end|>"
+    assert inside.encode(text) == beside.encode(text) and inside.eos_ids == beside.eos_ids
+
+
 def test_greedy_text_of_64_questions_equals_transformers(split, reference, world_of_one):
     from llama_rlhf.checkpoint.shards import load_model
     from llama_rlhf.generation import generate

@@ -36,7 +36,7 @@ def check_writable(folder: str) -> None:
                 raise type(error)(f"cannot write in {folder}: {error.strerror}. Choose another folder, or change its permissions.") from error
 
 
-def publish(folder: str, write: Callable[[str], dict], manifest: dict, *, n_bytes: int, overwrite: bool = False) -> None:
+def publish(folder: str, write: Callable[[str], dict], manifest: dict, *, n_bytes: int) -> None:
     """Collective. write(temporary folder) -> {file name: {"size", "sha256"}} runs on every rank; any error ends all ranks.
 
     n_bytes: what this rank is about to write; the sum is compared with the free space first.
@@ -48,7 +48,7 @@ def publish(folder: str, write: Callable[[str], dict], manifest: dict, *, n_byte
     needed = sum(groups.gather_objects(n_bytes))
     with groups.together(f"preparing {folder}"):
         if groups.is_main():
-            if os.path.isdir(folder) and os.listdir(folder) and not overwrite:
+            if os.path.isdir(folder) and os.listdir(folder):
                 raise CheckpointError(f"{folder} exists and is not empty. Choose another folder, or remove this one.")
             check_free_space(parent, needed)
             shutil.rmtree(temporary, ignore_errors=True)     # left by a run that died while saving
@@ -63,7 +63,7 @@ def publish(folder: str, write: Callable[[str], dict], manifest: dict, *, n_byte
                 write_json(os.path.join(temporary, MANIFEST), {"format": FORMAT, **manifest, "files": dict(sorted(entries.items()))})
                 _fsync_folder(temporary)
                 if os.path.isdir(folder):
-                    shutil.rmtree(folder) if overwrite else os.rmdir(folder)
+                    os.rmdir(folder)          # empty: checked above
                 os.rename(temporary, folder)
                 _fsync_folder(parent)
     except BaseException:
@@ -101,7 +101,14 @@ def seal(path: str) -> dict:
     """fsync a finished file; returns its manifest entry."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-        return {"size": os.path.getsize(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {"size": os.path.getsize(path), "sha256": _sha256(file)}
+
+
+def _sha256(file) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(4 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def verify(folder: str) -> None:
@@ -111,7 +118,7 @@ def verify(folder: str) -> None:
         for i, (name, entry) in enumerate(sorted(manifest["files"].items())):
             if i % groups.world_size() == groups.rank():
                 with open(os.path.join(folder, name), "rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                    digest = _sha256(file)
                 if digest != entry.get("sha256"):
                     raise CheckpointError(f"{os.path.join(folder, name)} is corrupt: its SHA-256 is {digest[:12]}..., the manifest "
                                           f"says {str(entry.get('sha256'))[:12]}.... Copy the checkpoint again, or use another.")

@@ -46,9 +46,10 @@ def initialize(model_parallel_size: int = -1, *, timeout_seconds: float = 600.0,
         _state["device"] = torch.device("cuda", local_rank)
     else:
         _state["device"] = torch.device("cpu")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # torchrun sets OMP_NUM_THREADS=1 when it is unset, which wastes every core but one per process
         if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+            torch.set_num_threads(max(1, cores // local_world))
     size = world if model_parallel_size == -1 else model_parallel_size
     if size < 1 or world % size:
         raise ValueError(f"--model_parallel_size {model_parallel_size} does not divide the {world} processes that were "
@@ -74,7 +75,12 @@ def initialize(model_parallel_size: int = -1, *, timeout_seconds: float = 600.0,
     if not use_cuda and size > 1:
         places = gather_objects(host_identity())
         if len(set(places)) == 1 and places[0][-1] == "x86_64":         # several hosts: gloo
-            _state["shared_memory"] = SharedMemoryGroup(_state["tp"], timeout_seconds)
+            try:
+                _state["shared_memory"] = SharedMemoryGroup(_state["tp"], timeout_seconds)
+            except MemoryError as error:
+                log(f"note: {error}; tensor-parallel sums go through gloo, slower. In a container: --shm-size=1g")
+            if not all(gather_objects(_state["shared_memory"] is not None)):
+                _state["shared_memory"] = None
 
 
 def keep_freed_memory() -> None:
@@ -86,7 +92,7 @@ def keep_freed_memory() -> None:
     if _state["device"].type == "cpu":
         with contextlib.suppress(OSError, AttributeError):
             mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-3, 256 << 20)              # M_MMAP_THRESHOLD
+            mallopt(-3, 256 << 20) or mallopt(-3, 32 << 20)      # M_MMAP_THRESHOLD; before glibc 2.35 at most 32 MiB
             mallopt(-1, (1 << 31) - 1)          # M_TRIM_THRESHOLD
 
 
@@ -209,5 +215,6 @@ def default_dtype(name: str) -> torch.dtype:
     if name != "auto":
         raise ValueError(f"--dtype {name!r}: use auto, fp32, bf16 or fp16")
     if device().type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    multiplies = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if multiplies else torch.float32

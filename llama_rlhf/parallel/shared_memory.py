@@ -29,13 +29,16 @@ def host_identity() -> tuple:
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read().strip()
-        return (platform.node(), boot, os.stat("/dev/shm").st_ino, platform.machine())
+        return (platform.node(), boot, os.stat("/dev/shm").st_dev, platform.machine())
     except OSError:
         return (platform.node(), os.getpid(), 0, platform.machine())
 
 
 class SharedMemoryGroup:
-    """The ranks of one tensor-parallel group, all on this host. Collective to make; made once per group."""
+    """The ranks of one tensor-parallel group, all on this host. Collective to make; made once per group.
+
+    Raises MemoryError on all of them when /dev/shm is too small (16 MiB per rank).
+    """
 
     def __init__(self, group, timeout_seconds: float):
         self.rank, self.size, self.timeout_seconds = dist.get_rank(group), dist.get_world_size(group), timeout_seconds
@@ -44,9 +47,15 @@ class SharedMemoryGroup:
         box = [None]
         if self.rank == 0:
             descriptor, path = tempfile.mkstemp(prefix="llama_rlhf-", dir="/dev/shm")
-            os.ftruncate(descriptor, n_bytes)
-            box = [path]
+            try:
+                os.posix_fallocate(descriptor, 0, n_bytes)      # a full /dev/shm says so now, not by a bus error later
+                box = [path]
+            except OSError:
+                os.close(descriptor)
+                os.unlink(path)
         dist.broadcast_object_list(box, src=first, group=group)
+        if box[0] is None:
+            raise MemoryError(f"/dev/shm has no room for {n_bytes >> 20} MiB")
         if self.rank != 0:
             descriptor = os.open(box[0], os.O_RDWR)
         self._map = mmap.mmap(descriptor, n_bytes)
