@@ -23,6 +23,7 @@ def commands():
             if "..." in line:               # prose about a command, not one
                 continue
             line = re.sub(r'"\$\{chat\[@\]\}"', "--use_chat_template", line)
+            line = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", line)
             line = re.sub(r"\$\w+", "1", line.replace('"${torchrun[@]}"', "torchrun"))      # shell variables: any value will do
             if match := re.search(r"(?:torchrun|python3?) .*?(\w+(?:/\w+)*\.py)( .*)?$", line.strip("` ")):
                 yield pytest.param(match[1], shlex.split((match[2] or "").split("  #")[0].split("`")[0]), id=f"{os.path.basename(document)}-{match[1]}")
