@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,7 +12,7 @@ import torch
 from llama_rlhf.checkpoint import store
 from llama_rlhf.checkpoint.convert import interleaved_to_half
 from llama_rlhf.checkpoint.formats import CheckpointError, TensorInfo
-from llama_rlhf.checkpoint.shards import COMPANIONS, Rewrite, check_new_folder
+from llama_rlhf.checkpoint.shards import COMPANIONS, Rewrite, check_new_folder, copy_companions
 from llama_rlhf.checkpoint.writer import SafetensorsWriter
 from llama_rlhf.config import ModelConfig
 from llama_rlhf.models import FAMILIES
@@ -82,7 +81,7 @@ def export_hf(source: str, folder: str, *, dtype: torch.dtype | None = None, mod
         n_bytes = sum(_nbytes(info) for info in infos.values())
 
         def write(temporary: str) -> None:
-            _write_tokenizer(temporary, tokenizer or rewrite.tokenizer_source)
+            copy_companions(tokenizer or rewrite.tokenizer_source, temporary)
             special = _special_ids(temporary)
             store.write_json(os.path.join(temporary, "config.json"), {
                 **family.write_hf(config), **special, "torch_dtype": _common_dtype(infos)})
@@ -103,7 +102,7 @@ def export_hf(source: str, folder: str, *, dtype: torch.dtype | None = None, mod
                 store.write_json(os.path.join(temporary, "model.safetensors.index.json"), {
                     "metadata": {"total_size": n_bytes}, "weight_map": {name: file for file, names in files.items() for name in names}})
 
-        _publish(folder, write, n_bytes)
+        store.publish(folder, write, None, n_bytes=n_bytes)
         return config
 
 
@@ -134,7 +133,7 @@ def export_peft(source: str, folder: str, *, model_type: str = "", progress: Pro
                     if progress:
                         progress(done, n_bytes)
 
-        _publish(folder, write, n_bytes)
+        store.publish(folder, write, None, n_bytes=n_bytes)
         return rewrite.config
 
 
@@ -191,20 +190,6 @@ def _group(infos: dict[str, TensorInfo], limit: int) -> dict[str, list[str]]:
     return {f"model-{i:05d}-of-{len(ordered):05d}.safetensors": names for i, names in enumerate(ordered, 1)}
 
 
-def _write_tokenizer(folder: str, source: str) -> None:
-    if source.endswith(".gguf"):
-        from llama_rlhf.checkpoint.gguf_tokenizer import write_tokenizer_files
-        for path in write_tokenizer_files(source, folder):
-            store.seal(path)
-        return
-    for place in (source, os.path.dirname(os.path.abspath(source))):        # Meta keeps tokenizer.model one folder up
-        found = [name for name in COMPANIONS if os.path.isfile(os.path.join(place, name))]
-        if any("tokenizer" in name or "tiktoken" in name for name in found):
-            for name in found:
-                store.copy_file(os.path.join(place, name), os.path.join(folder, name))
-            return
-
-
 def _special_ids(folder: str) -> dict:
     """bos, eos and pad ids: of generation_config.json if there is one, else of the tokenizer."""
     from llama_rlhf.tokenizer import load_tokenizer
@@ -220,31 +205,3 @@ def _special_ids(folder: str) -> dict:
     eos = list(tokenizer.eos_ids)
     values = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos[0] if len(eos) == 1 else eos, "pad_token_id": tokenizer.pad_id}
     return {key: value for key, value in values.items() if value not in (None, [])}
-
-
-def _publish(folder: str, write: Callable[[str], None], n_bytes: int) -> None:
-    """store.publish for a folder in somebody else's format: one process, no manifest; whole under its name, or not at all."""
-    folder = os.path.abspath(folder)
-    parent, name = os.path.split(folder)
-    temporary = os.path.join(parent, f".tmp-{name}")
-    store.check_free_space(parent, n_bytes)
-    shutil.rmtree(temporary, ignore_errors=True)        # left by a run that died while saving
-    os.makedirs(temporary)
-    try:
-        write(temporary)
-        _sync(temporary)
-        if os.path.isdir(folder):
-            os.rmdir(folder)
-        os.rename(temporary, folder)
-        _sync(parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _sync(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -143,17 +143,25 @@ def _manifest(config: ModelConfig, wanted: dict[str, Piece], lora: Lora | None, 
                      for name, piece in wanted.items()}, **more}
 
 
-def _write_companions(temporary: str, config: ModelConfig, source: str) -> dict:
-    """params.json and what belongs to the tokenizer. source: folder, or GGUF file, the model came from."""
-    entries = {"params.json": store.write_json(os.path.join(temporary, "params.json"), write_params(config))}
+def copy_companions(source: str, target: str) -> dict:
+    """Put what belongs to the tokenizer into the folder `target`; returns the files' manifest entries.
+
+    source: folder, or GGUF file, the model came from.
+    """
     if source.endswith(".gguf"):
         from llama_rlhf.checkpoint.gguf_tokenizer import write_tokenizer_files
-        return entries | {os.path.basename(path): store.seal(path) for path in write_tokenizer_files(source, temporary)}
+        return {os.path.basename(path): store.seal(path) for path in write_tokenizer_files(source, target)}
     for folder in (source, os.path.dirname(os.path.abspath(source))):      # Meta keeps tokenizer.model one folder up
         found = [name for name in COMPANIONS if os.path.isfile(os.path.join(folder, name))]
         if any("tokenizer" in name or "tiktoken" in name for name in found):
-            return entries | {name: store.copy_file(os.path.join(folder, name), os.path.join(temporary, name)) for name in found}
-    return entries
+            return {name: store.copy_file(os.path.join(folder, name), os.path.join(target, name)) for name in found}
+    return {}
+
+
+def _write_companions(temporary: str, config: ModelConfig, source: str) -> dict:
+    """params.json and the tokenizer's files."""
+    params = store.write_json(os.path.join(temporary, "params.json"), write_params(config))
+    return {"params.json": params, **copy_companions(source, temporary)}
 
 
 def save_model(model: Transformer, folder: str, *, companions: str, **more) -> None:

@@ -36,11 +36,12 @@ def check_writable(folder: str) -> None:
                 raise type(error)(f"cannot write in {folder}: {error.strerror}. Choose another folder, or change its permissions.") from error
 
 
-def publish(folder: str, write: Callable[[str], dict], manifest: dict, *, n_bytes: int) -> None:
+def publish(folder: str, write: Callable[[str], dict | None], manifest: dict | None, *, n_bytes: int) -> None:
     """Collective. write(temporary folder) -> {file name: {"size", "sha256"}} runs on every rank; any error ends all ranks.
 
     n_bytes: what this rank is about to write; the sum is compared with the free space first.
-    manifest: what else the manifest says; format and files are added here.
+    manifest: what else the manifest says; format and files are added here. None: a folder in somebody else's format, which has
+    no manifest; then write need not return anything.
     """
     folder = os.path.abspath(folder)
     parent, name = os.path.split(folder)
@@ -59,8 +60,9 @@ def publish(folder: str, write: Callable[[str], dict], manifest: dict, *, n_byte
         gathered = groups.gather_objects(files)
         with groups.together(f"publishing {folder}"):
             if groups.is_main():
-                entries = {file: entry for part in gathered for file, entry in part.items()}
-                write_json(os.path.join(temporary, MANIFEST), {"format": FORMAT, **manifest, "files": dict(sorted(entries.items()))})
+                if manifest is not None:
+                    entries = {file: entry for part in gathered for file, entry in part.items()}
+                    write_json(os.path.join(temporary, MANIFEST), {"format": FORMAT, **manifest, "files": dict(sorted(entries.items()))})
                 _fsync_folder(temporary)
                 if os.path.isdir(folder):
                     os.rmdir(folder)          # empty: checked above
