@@ -101,3 +101,103 @@ def prediction_rows(lengths: list[int], prompt_lengths: list[int]) -> tuple[torc
     return tokens - 1, tokens
 
 
+
+
+# ---- reinforcement learning and reward models: elementwise on tensors of one shape, packed [N] (response tokens only) in practice.
+# fp32, or fp64 for fp64 input. A step's loss is sum(weights * losses over all micro-batches and ranks) / sum(counts): `aggregation_weights`.
+
+_MAX_LOG_RATIO = 20.0       # exp(20) = 5e8 is far outside any clip range, and its square still fits fp32
+
+
+def _fp32(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: str = "k1") -> torch.Tensor:
+    """Estimates of KL(policy || reference) in nats at tokens the policy sampled; differentiable (Schulman 2020, "Approximating KL divergence").
+
+    With d = logprobs - ref_logprobs: k1 d, may be negative; k2 d^2/2, whose gradient as a loss is the KL's own on-policy;
+    k3 exp(-d) + d - 1, never negative; abs |d|, not a KL. k3 is held at d = -20, without gradient below.
+    """
+    d = _fp32(logprobs) - _fp32(ref_logprobs)
+    if kind == "k3":
+        d = d.clamp(min=-_MAX_LOG_RATIO)
+        return torch.expm1(-d) + d      # exp(-d) - 1 + d would lose the digits of small d, and with them the sign
+    if kind not in ("k1", "k2", "abs"):
+        raise ValueError(f"KL estimator {kind!r}: use k1, k2, k3 or abs")
+    return {"k1": d, "k2": 0.5 * d * d, "abs": d.abs()}[kind]
+
+
+def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, *, clip_low: float = 0.2,
+                clip_high: float = 0.2, dual_clip: float | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """PPO's clipped loss per token, max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)) with r = exp(logprobs - old_logprobs)
+    (Schulman et al. 2017, arXiv:1707.06347, eq. 7). Clip ranges of infinity: plain importance weighting.
+
+    dual_clip: where A < 0, the loss is at most -dual_clip * A (Ye et al. 2020, arXiv:1912.09729, eq. 5).
+    Also returns detached statistics per token: ratio; approx_kl (k3 form) and old_approx_kl (k1 form) of KL(old || new); and
+    bools: clipped (the clipped branch was taken), outside (r left the clip range), lower_clipped (dual_clip took over).
+    """
+    advantages, log_ratio = _fp32(advantages), _fp32(logprobs) - _fp32(old_logprobs)
+    held = log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    ratio = held.exp()
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
+    clipped = -advantages * bounded > -advantages * ratio       # strictly: inside the range both are the same number
+    loss = -advantages * bounded.where(clipped, ratio)
+    lower_clipped = torch.zeros_like(clipped)
+    if dual_clip is not None:
+        cap = -dual_clip * advantages
+        lower_clipped = (advantages < 0) & (loss > cap)
+        loss = cap.where(lower_clipped, loss)
+    statistics = {"ratio": ratio, "approx_kl": torch.expm1(held) - held, "old_approx_kl": -log_ratio, "clipped": clipped,
+                  "outside": (ratio < 1 - clip_low) | (ratio > 1 + clip_high), "lower_clipped": lower_clipped}
+    return loss, {name: statistic.detach() for name, statistic in statistics.items()}
+
+
+def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, *, clip: float | None = 0.2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per token max((V - R)^2, (V_clip - R)^2) / 2, V_clip being V held within clip of old_values; clip None: no second term.
+
+    Also returns a bool tensor: where V_clip's error was the larger, so that the token has no gradient.
+    """
+    values, old_values, returns = _fp32(values), _fp32(old_values), _fp32(returns)
+    squares = (values - returns).square()
+    if clip is None:
+        return 0.5 * squares, torch.zeros_like(squares, dtype=torch.bool)
+    # clamping V itself, not V - old: inside the range V_clip is then V to the last bit, and rounding counts nothing as clipped
+    held = (values.clamp(old_values - clip, old_values + clip) - returns).square()
+    clipped = held > squares
+    return 0.5 * held.where(clipped, squares), clipped.detach()
+
+
+def aggregation_weights(lengths: list[int], aggregation: str, max_new_tokens: int = 0) -> tuple[torch.Tensor, int]:
+    """How the tokens of packed responses of these lengths weigh in a step's loss, and what they add to its denominator.
+
+    token-mean: 1, count tokens. The others count sequences (an empty one does not count): seq-mean-token-mean 1/length,
+    seq-mean-token-sum 1, fixed-length 1/max_new_tokens. Returns weights [sum(lengths)] fp32 on the CPU, count.
+    """
+    if aggregation == "fixed-length" and max_new_tokens < max(1, *lengths, 1):
+        raise ValueError(f"fixed-length aggregation divides by max_new_tokens={max_new_tokens}, but the longest response has {max(lengths, default=0)}")
+    weight = {"token-mean": lambda n: 1.0, "seq-mean-token-mean": lambda n: 1.0 / n, "seq-mean-token-sum": lambda n: 1.0,
+              "fixed-length": lambda n: 1.0 / max_new_tokens}
+    if aggregation not in weight:
+        raise ValueError(f"aggregation {aggregation!r}: use {', '.join(weight)}")
+    weights = torch.tensor([weight[aggregation](n) for n in lengths for _ in range(n)], dtype=torch.float32)
+    return weights, sum(lengths) if aggregation == "token-mean" else sum(n > 0 for n in lengths)
+
+
+def pairwise_loss(chosen: torch.Tensor, rejected: torch.Tensor, *, margin: float | torch.Tensor = 0.0, centre: float = 0.0) -> torch.Tensor:
+    """Bradley-Terry per pair, -log sigmoid(chosen - rejected - margin) (Ouyang et al. 2022, arXiv:2203.02155, eq. 1), as a softplus.
+
+    margin: a number or one per pair; centre: weight of (chosen + rejected)^2, which keeps the scores around 0.
+    """
+    chosen, rejected = _fp32(chosen), _fp32(rejected)
+    return torch.nn.functional.softplus(-(chosen - rejected - margin)) + centre * (chosen + rejected).square()
+
+
+def verifier_loss(predictions: torch.Tensor, labels: torch.Tensor, kind: str = "mse") -> torch.Tensor:
+    """Per token, against its solution's label 0 or 1 (Cobbe et al. 2021, arXiv:2110.14168): mse on the prediction, or bce on it as a logit."""
+    predictions, labels = _fp32(predictions), labels.to(_fp32(predictions).dtype)
+    if kind == "mse":
+        return (predictions - labels).square()
+    if kind == "bce":
+        return torch.nn.functional.binary_cross_entropy_with_logits(predictions, labels, reduction="none")
+    raise ValueError(f"verifier loss {kind!r}: use mse or bce")

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from llama_rlhf.losses import prediction_rows, token_logprobs
-from llama_rlhf.models.transformer import CausalLM, Rows, Transformer
+from llama_rlhf.models.transformer import CausalLM, Rows, Transformer, ValueModel
 from llama_rlhf.parallel import groups
 from llama_rlhf.parallel.gradients import copy_shared_from_owners, gradient_norm, sum_over_replicas, sync_partial_gradients
 
@@ -160,3 +160,21 @@ def response_logprobs(model: CausalLM, tokens: list[list[int]], prompt_lengths: 
     states, targets = (index.to(device) for index in prediction_rows(lengths, prompt_lengths))
     hidden = model(flat, Rows.packed(lengths, device))
     return token_logprobs(hidden[states], model.head_weight, flat[targets], vocab_start=model.vocab_start, **options)
+
+
+def response_values(model: ValueModel, tokens: list[list[int]], prompt_lengths: list[int], *, after: bool = False) -> torch.Tensor:
+    """Values of the states in which each response token was chosen, packed: [N] fp32. after=True: of the states after each token.
+
+    The former are a critic's V_t; the latter a verifier's opinion of the solution so far, the last of each row its score.
+    """
+    lengths, device = [len(row) for row in tokens], groups.device()
+    states, after_states = prediction_rows(lengths, prompt_lengths)
+    hidden = model(torch.tensor([t for row in tokens for t in row], device=device), Rows.packed(lengths, device))
+    return model.values(hidden[(after_states if after else states).to(device)])
+
+
+def final_scores(model: ValueModel, tokens: list[list[int]]) -> torch.Tensor:
+    """The value of the state after the last token of each row: a reward model's score. Returns [rows] fp32."""
+    lengths, device = [len(row) for row in tokens], groups.device()
+    hidden = model(torch.tensor([t for row in tokens for t in row], device=device), Rows.packed(lengths, device))
+    return model.values(hidden[torch.tensor(lengths, device=device).cumsum(0) - 1])

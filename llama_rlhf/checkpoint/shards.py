@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -59,13 +59,20 @@ def inspect(checkpoint: Checkpoint, model_type: str = "") -> Contents:
     return Contents(config, notes, lora, "value_head.weight" in infos, manifest)
 
 
-def load_model(path: str, model_class: type[Transformer] = CausalLM, *, lora: Lora | None = None, dtype=torch.float32,
-               model_type: str = "", seed: int = 0, verify: bool = True) -> Transformer:
+def load_model(path: str, model_class: type[Transformer] = CausalLM, *, lora: Lora | str | None = None, dtype=torch.float32,
+               model_type: str = "", seed: int = 0, verify: bool = True, trainable: bool = True, need_head: bool = False,
+               share: Sequence[Transformer] = ()) -> Transformer:
     """Collective. A CausalLM or ValueModel with this rank's weights, on this rank's device.
 
     lora: train adapters of this rank and alpha; continues those in the checkpoint, or starts new ones (B = 0, seeded).
           None: no adapters; those in the checkpoint are added into the weights (fp32 sum, one rounding).
-    Gradients are asked for by all parameters, or by the adapters and the value head only when lora is given.
+          "stored": adapters if the checkpoint holds some, beside the weights.
+    trainable: gradients are asked for by all parameters, or by the adapters and the value head only when there are adapters;
+          False: by none.
+    need_head: a ValueModel's head must be in the checkpoint; otherwise a missing one is drawn.
+    share: models already loaded. A frozen weight equal, bit for bit, to a frozen one of theirs is the same memory: one base
+          serves several adapters.
+    A ValueModel's `score` is what the checkpoint says of its scores: {"offset", "scale", "form"}, None when nothing.
     Raises CheckpointError (a ValueError) or FileNotFoundError on every rank.
     """
     path = store.resolve(path)
@@ -80,6 +87,11 @@ def load_model(path: str, model_class: type[Transformer] = CausalLM, *, lora: Lo
         if model_class is CausalLM and contents.has_value_head:
             raise CheckpointError(f"{path} is a reward or value model: it has a value head and cannot generate text. "
                                   "Give the checkpoint of a policy.")
+        if need_head and not contents.has_value_head:
+            raise CheckpointError(f"{path} has no value head: it is not a reward model. Train one with verifier_train.py, "
+                                  "or give the folder that it saved.")
+        if lora == "stored":
+            lora = contents.lora
         if lora and contents.lora and lora != contents.lora:
             raise CheckpointError(f"{path} holds adapters of rank {contents.lora.rank}, alpha {contents.lora.alpha}; asked for rank "
                                   f"{lora.rank}, alpha {lora.alpha}. Use those, or --lora_rank -1 to merge them and train all weights.")
@@ -92,18 +104,21 @@ def load_model(path: str, model_class: type[Transformer] = CausalLM, *, lora: Lo
                           merge_lora=contents.lora.scale if contents.lora and not lora else None)
         if view.missing & adapters and adapters - view.missing:
             raise CheckpointError(f"{path}: some adapters are missing ({sorted(view.missing & adapters)[0]}, ...)")
-        _fill(model, view, seed)
+        trains = {name for name, _ in model.named_parameters()
+                  if trainable and (lora is None or "lora_" in name or "value_head" in name)}
+        donors = [{name: p for name, p in other.named_parameters() if not p.requires_grad} for other in share]
+        _fill(model, view, seed, trains, donors)
         checkpoint.close()
-    for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(lora is None or "lora_" in parameter_name or "value_head" in parameter_name)
+    if model_class is ValueModel:
+        model.score = (contents.manifest or {}).get("score")
     new = sorted({name.rpartition(".")[2] if name in adapters else name for name in view.missing})
     if new:
         groups.log(f"new, not in {path}: {', '.join(new)}")
     return model
 
 
-def _fill(model: Transformer, view: NativeView, seed: int) -> None:
-    """Replace every meta parameter by this rank's values."""
+def _fill(model: Transformer, view: NativeView, seed: int, trains: set[str], donors: list[dict[str, nn.Parameter]]) -> None:
+    """Replace every meta parameter by this rank's values; frozen ones by a donor's parameter where that is equal."""
     for name, module, local, parameter, pieces in list(walk(model)):
         full = torch.empty(parameter.shape, dtype=parameter.dtype, device=groups.device())
         for native, piece in pieces:
@@ -114,7 +129,9 @@ def _fill(model: Transformer, view: NativeView, seed: int) -> None:
                 target.copy_(view.read(native))
             else:
                 target.copy_(view.read(native, *piece.held))
-        module._parameters[local] = nn.Parameter(full)
+        twins = [] if name in trains else [donor[name] for donor in donors if name in donor]
+        twin = next((t for t in twins if t.shape == full.shape and t.dtype == full.dtype and torch.equal(t, full)), None)
+        module._parameters[local] = nn.Parameter(full, requires_grad=name in trains) if twin is None else twin
 
 
 def _initial(native: str, piece: Piece, seed: int) -> torch.Tensor:
@@ -167,7 +184,7 @@ def _write_companions(temporary: str, config: ModelConfig, source: str) -> dict:
 def save_model(model: Transformer, folder: str, *, companions: str, **more) -> None:
     """Collective. Publish this model as one consolidated.NN.pth per tensor-parallel rank; replicas write once.
 
-    companions: the folder whose tokenizer files go along.  more: further manifest fields (step, epoch, ...).
+    companions: the folder whose tokenizer files go along.  more: further manifest fields (step, epoch, score, ...).
     """
     config, wanted = model.config, native_tensors(model)
     writes = groups.dp_rank() == 0
@@ -240,6 +257,12 @@ class Rewrite:
         self.lora = None if merge_lora else lora
         self.pieces = {name: piece for name, piece in wanted.items() if not merge_lora or name not in adapters}
         self._adapters = adapters
+
+    @property
+    def carried(self) -> dict:
+        """What the source's manifest says of a reward model's scores."""
+        score = (self.contents.manifest or {}).get("score")
+        return {"score": score} if score else {}
 
     @property
     def tokenizer_source(self) -> str:
@@ -355,5 +378,6 @@ def split_checkpoint(source: str, folder: str, n: int, *, dtype: torch.dtype | N
                     writer.discard()
                 raise
 
-        store.publish(folder, write, _manifest(config, pieces, rewrite.lora, n, rewrite.contents.has_value_head, {}), n_bytes=n_bytes)
+        store.publish(folder, write, _manifest(config, pieces, rewrite.lora, n, rewrite.contents.has_value_head, rewrite.carried),
+                      n_bytes=n_bytes)
         return config

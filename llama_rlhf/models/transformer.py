@@ -377,6 +377,7 @@ class ValueModel(Transformer):
     def __init__(self, config: ModelConfig, *, lora: Lora | None = None, dtype: torch.dtype = torch.float32):
         super().__init__(config, lora=lora, dtype=dtype)
         self.value_head = ScalarHead(config.dim)
+        self.score: dict | None = None      # of a trained reward model: see reward.py
 
     def values(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [.., dim] -> [..] fp32"""
@@ -388,5 +389,6 @@ class ScalarHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(1, dim, dtype=torch.float32, device="meta"))
         self.bias = nn.Parameter(torch.empty(1, dtype=torch.float32, device="meta"))
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden.float(), self.weight, self.bias)[..., 0]
