@@ -261,7 +261,7 @@ class RunningMoments:
             x = x.double()
             self.merge(RunningMoments(x.numel(), float(x.mean()), float((x - x.mean()).square().sum())))
 
-    def merge(self, other: "RunningMoments") -> None:
+    def merge(self, other: RunningMoments) -> None:
         n, delta = self.n + other.n, other.mean - self.mean
         if n:
             self.mean += delta * other.n / n

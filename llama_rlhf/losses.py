@@ -24,6 +24,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, vocab_start, temperature, with_entropy):
+        ctx.set_materialize_grads(False)        # an entropy that is only looked at costs nothing in backward
         n, step = hidden.shape[0], chunk_rows(weight.shape[0], hidden.device)
         local = targets - vocab_start
         mine = (local >= 0) & (local < weight.shape[0])
@@ -51,6 +52,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, g_entropy):
         hidden, weight, local, mine, lse, entropy = ctx.saved_tensors
+        g = torch.zeros_like(lse) if g is None else g
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for i in range(0, hidden.shape[0], ctx.step):
@@ -153,7 +155,8 @@ def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: 
     return loss, {name: statistic.detach() for name, statistic in statistics.items()}
 
 
-def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, *, clip: float | None = 0.2) -> tuple[torch.Tensor, torch.Tensor]:
+def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, *,
+               clip: float | None = 0.2) -> tuple[torch.Tensor, torch.Tensor]:
     """Per token max((V - R)^2, (V_clip - R)^2) / 2, V_clip being V held within clip of old_values; clip None: no second term.
 
     Also returns a bool tensor: where V_clip's error was the larger, so that the token has no gradient.
@@ -174,14 +177,15 @@ def aggregation_weights(lengths: list[int], aggregation: str, max_new_tokens: in
     token-mean: 1, count tokens. The others count sequences (an empty one does not count): seq-mean-token-mean 1/length,
     seq-mean-token-sum 1, fixed-length 1/max_new_tokens. Returns weights [sum(lengths)] fp32 on the CPU, count.
     """
-    if aggregation == "fixed-length" and max_new_tokens < max(1, *lengths, 1):
-        raise ValueError(f"fixed-length aggregation divides by max_new_tokens={max_new_tokens}, but the longest response has {max(lengths, default=0)}")
-    weight = {"token-mean": lambda n: 1.0, "seq-mean-token-mean": lambda n: 1.0 / n, "seq-mean-token-sum": lambda n: 1.0,
-              "fixed-length": lambda n: 1.0 / max_new_tokens}
-    if aggregation not in weight:
-        raise ValueError(f"aggregation {aggregation!r}: use {', '.join(weight)}")
-    weights = torch.tensor([weight[aggregation](n) for n in lengths for _ in range(n)], dtype=torch.float32)
-    return weights, sum(lengths) if aggregation == "token-mean" else sum(n > 0 for n in lengths)
+    if aggregation == "fixed-length" and max_new_tokens < max([1, *lengths]):
+        raise ValueError(f"fixed-length aggregation divides by max_new_tokens={max_new_tokens}; the longest response has {max(lengths, default=0)}")
+    n_tokens = torch.tensor(lengths, dtype=torch.long)
+    ones = torch.ones(len(lengths))
+    weights = {"token-mean": ones, "seq-mean-token-mean": 1.0 / n_tokens.clamp(min=1), "seq-mean-token-sum": ones,
+               "fixed-length": ones / max(1, max_new_tokens)}
+    if aggregation not in weights:
+        raise ValueError(f"aggregation {aggregation!r}: use {', '.join(weights)}")
+    return weights[aggregation].repeat_interleave(n_tokens), sum(lengths) if aggregation == "token-mean" else sum(n > 0 for n in lengths)
 
 
 def pairwise_loss(chosen: torch.Tensor, rejected: torch.Tensor, *, margin: float | torch.Tensor = 0.0, centre: float = 0.0) -> torch.Tensor:

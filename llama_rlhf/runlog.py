@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -59,6 +60,53 @@ class RunLog:
         if self._bar is not None:
             self._bar.close()
             self._metrics.close()
+
+
+class Clock:
+    """Seconds by phase:  `with clock("generate"): ...`  adds to clock.seconds["generate"]."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str):
+        started = self._now()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + self._now() - started
+
+    @staticmethod
+    def _now() -> float:
+        if groups.device().type == "cuda":
+            torch.cuda.synchronize()        # kernels run behind python's back
+        return time.perf_counter()
+
+
+class Average:
+    """Token-weighted mean loss, and real tokens per second, since it was made."""
+
+    def __init__(self):
+        self.loss_sum, self.n_loss_tokens, self.n_tokens, self.seconds, self.n_steps = 0.0, 0, 0, 0.0, 0
+
+    def add(self, result, n_tokens, seconds):
+        self.n_steps += 1
+        self.n_tokens, self.seconds = self.n_tokens + n_tokens, self.seconds + seconds
+        if not result.skipped:
+            self.loss_sum += result.loss * result.n_tokens
+            self.n_loss_tokens += result.n_tokens
+
+    @property
+    def loss(self):
+        return self.loss_sum / self.n_loss_tokens if self.n_loss_tokens else float("nan")
+
+    @property
+    def perplexity(self):
+        return 2.718281828459045 ** min(self.loss, 700.0)
+
+    @property
+    def tokens_per_second(self):
+        return self.n_tokens / self.seconds if self.seconds else 0.0
 
 
 def environment() -> dict:

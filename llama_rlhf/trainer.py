@@ -56,7 +56,7 @@ class Trainer:
         self._rate = dict(peak=lr, total_steps=total_steps, warmup_steps=warmup_steps, final_ratio=final_lr_ratio, schedule=schedule)
         self.n_steps = self.skipped_in_a_row = self.skipped_steps = 0
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.parameters = [p for _, p in named]
+        self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
         self._gradients: dict[torch.nn.Parameter, torch.Tensor] = {}        # fp32 sums of low-precision parameters
         self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters]
         for p, master in zip(self.parameters, self.masters):
@@ -140,6 +140,41 @@ class Trainer:
                 torch._foreach_copy_([p for p, _ in copies], [master for _, master in copies])
                 for _, master in copies:
                     master.grad = None
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """What the next step depends on besides the weights: this rank's masters and moments by parameter name, and the counters."""
+        state = {"counters": torch.tensor([self.n_steps, self.skipped_steps, self.skipped_in_a_row])}
+        for name, p, master in zip(self.names, self.parameters, self.masters):
+            state |= {f"{name}.{key}": value for key, value in self.optimizer.state.get(master, {}).items()}
+            if master is not p:
+                state[f"{name}.master"] = master.detach()
+        return state
+
+    def load_state_tensors(self, state: dict[str, torch.Tensor]) -> None:
+        """Continue from `state_tensors` of a run with the same parameters on this rank. ValueError when they differ."""
+        expected = {f"{name}.{key}": master.shape for name, p, master in zip(self.names, self.parameters, self.masters)
+                    for key in ("exp_avg", "exp_avg_sq", *(("master",) if master is not p else ()))}
+        counters = state["counters"].tolist()
+        found = {key: value.shape for key, value in state.items() if key in expected}
+        if counters[0] and found != expected:
+            raise ValueError("the saved optimizer state belongs to other parameters, another dtype or another number of ranks. Resume with "
+                             "the settings the run was started with, or start a new run from its weights.")
+        self.n_steps, self.skipped_steps, self.skipped_in_a_row = counters
+        for name, p, master in zip(self.names, self.parameters, self.masters):
+            moments = {key: state[f"{name}.{key}"].to(master.device) for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in state}
+            if moments:
+                self.optimizer.state[master] = moments
+            if master is not p and f"{name}.master" in state:
+                with torch.no_grad():
+                    master.copy_(state[f"{name}.master"])
+
+    def move_state(self, device: torch.device) -> None:
+        """Master copies and moments to another device, between steps (see roles.Roles.using)."""
+        for p, master in zip(self.parameters, self.masters):
+            if master is not p:
+                master.data = master.data.to(device, non_blocking=True)
+            for key, value in self.optimizer.state.get(master, {}).items():
+                self.optimizer.state[master][key] = value.to(device, non_blocking=True)
 
     @staticmethod
     def _sum_over_replicas(value) -> float:
