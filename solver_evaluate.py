@@ -1,4 +1,4 @@
-"""Generate answers for a task and score them."""
+"""Generate answers for a task, score them, and choose among several with a verifier."""
 
 from llama_rlhf.cli import run
 
@@ -18,6 +18,9 @@ def main(
     perplexity: bool = False,
     use_chat_template: bool = False,
     system_prompt: str | None = None,
+    verifier_ckpt_dir: str = "",
+    samples_file: str = "",
+    against: str = "",
     num_samples_per_prompt: int = 1,
     temperature: float = -1.0,
     top_k: int = 0,
@@ -34,13 +37,14 @@ def main(
 ):
     """Answer every problem of a file with a model and count the right answers.
 
-    Writes samples.jsonl (one answer a line) and metrics.json (accuracy with its interval, under four rules) to log_dir.
+    Writes samples.jsonl (one answer a line) and metrics.json (accuracy with its interval, under four rules) to log_dir. With a
+    verifier also its score of every answer, and the accuracy of best-of-n, of votes and of pass@k on the same samples.
 
     Args:
         ckpt_dir: the model: a folder of consolidated.NN.pth, a Hugging Face folder, a single weight file, a save_dir of solver_train
         task: what kind of problems: GSM8K
         label_file: problems with labels, json or jsonl
-        log_dir: where to write; default: evaluate-TASK inside ckpt_dir's folder
+        log_dir: where to write; default: evaluate-TASK inside ckpt_dir's folder, or the verifier's with --samples_file
         model_type: a preset such as llama-2-7b, needed only when the checkpoint has no config of its own
         max_batch_size: rows decoded together
         max_new_tokens: longest answer, in tokens
@@ -50,6 +54,9 @@ def main(
         perplexity: also report the loss and perplexity of the reference solutions
         use_chat_template: render prompts as the model's chat format does
         system_prompt: put before every prompt
+        verifier_ckpt_dir: a reward model from verifier_train.py, to choose among several answers to a problem
+        samples_file: instead of generating: a samples.jsonl written earlier, for the verifier to choose from
+        against: log_dir of another evaluation on the same problems, such as a greedy one, to test best-of-n against
         num_samples_per_prompt: answers per problem; more than 1 also reports pass@k
         temperature: 0 is greedy; -1: 0 for one answer per problem, 0.7 for several
         top_k: keep only the k most likely tokens; 0: all
@@ -69,56 +76,93 @@ def main(
 
         print(compare_runs(compare))
         return
-    if not ckpt_dir:
-        raise ValueError("--ckpt_dir is needed: the model to evaluate (or --compare A,B with two log_dirs)")
+    if bool(ckpt_dir) == bool(samples_file):
+        raise ValueError("give either --ckpt_dir, the model to evaluate, or --samples_file with answers it gave "
+                         "(or --compare A,B with two log_dirs)")
+    if (samples_file or against) and not verifier_ckpt_dir:
+        raise ValueError(f"--{'samples_file' if samples_file else 'against'} needs --verifier_ckpt_dir: a reward model that chooses among the answers")
+    if verifier_ckpt_dir and not samples_file and num_samples_per_prompt < 2:
+        raise ValueError("--verifier_ckpt_dir chooses among several answers: add --num_samples_per_prompt 8")
     import os
 
     from llama_rlhf.checkpoint import store
     from llama_rlhf.checkpoint.shards import load_model
-    from llama_rlhf.evaluation import check_vocabulary, encode_problems, evaluate, reference_loss, show
+    from llama_rlhf.evaluation import (answer, check_vocabulary, encode_problems, first_answers, read_samples, reference_loss, score_samples,
+                                       select, show, show_selection, summarize, write_samples)
+    from llama_rlhf.models.transformer import ValueModel
     from llama_rlhf.parallel import groups
+    from llama_rlhf.reward import check_reward_model
     from llama_rlhf.runlog import environment
     from llama_rlhf.sampling import Sampling
     from llama_rlhf.tasks import get_task
     from llama_rlhf.tokenizer import load_tokenizer
 
     groups.initialize(model_parallel_size, timeout_seconds=timeout_seconds, device=device)
-    ckpt_dir = store.resolve(ckpt_dir)
-    log_dir = log_dir or os.path.join(ckpt_dir if os.path.isdir(ckpt_dir) else os.path.dirname(ckpt_dir), f"evaluate-{task}")
+    ckpt_dir, verifier_ckpt_dir = (path and store.resolve(path) for path in (ckpt_dir, verifier_ckpt_dir))
+    home = ckpt_dir or verifier_ckpt_dir
+    log_dir = log_dir or os.path.join(home if os.path.isdir(home) else os.path.dirname(home), f"evaluate-{task}")
+    prompt_options = dict(use_chat_template=use_chat_template, system_prompt=system_prompt)
     if temperature < 0:
         temperature = 0.0 if num_samples_per_prompt == 1 else 0.7
     with groups.together("reading the problems"):
         kind = get_task(task)
-        problems = kind.load(label_file)[:limit if limit >= 0 else None]
         if rule not in kind.RULES:
             raise ValueError(f"--rule {rule!r}: use one of {', '.join(kind.RULES)}")
         if limit == 0 or limit < -1:
             raise ValueError(f"--limit {limit}: use -1 for all problems, or at least 1")
         if max_batch_size < 1 or max_new_tokens < 1 or num_samples_per_prompt < 1:
             raise ValueError("--max_batch_size, --max_new_tokens and --num_samples_per_prompt must be at least 1")
+        if samples_file:
+            rows = read_samples(samples_file, rule)
+            kept = set(sorted({row["id"] for row in rows})[:limit if limit >= 0 else None])
+            rows = [row for row in rows if row["id"] in kept]
+            if max(row["sample"] for row in rows) == 0:
+                raise ValueError(f"{samples_file} holds one answer per problem: nothing to choose from. Generate with --num_samples_per_prompt 8.")
+        else:
+            problems = kind.load(label_file)[:limit if limit >= 0 else None]
+            tokenizer = load_tokenizer(tokenizer_file or ckpt_dir, chat_format=chat_format)
+            if verifier_ckpt_dir and temperature == 0:
+                raise ValueError("--temperature 0 gives equal answers, among which there is nothing to choose")
         sampling = Sampling(temperature, top_k, top_p, min_p, seed)
-        tokenizer = load_tokenizer(tokenizer_file or ckpt_dir, chat_format=chat_format)
+        if verifier_ckpt_dir:
+            check_reward_model(verifier_ckpt_dir)
+            verifier_tokenizer = load_tokenizer(verifier_ckpt_dir, chat_format=chat_format)
     store.check_writable(log_dir)
-    if groups.is_main() and os.path.exists(os.path.join(log_dir, "metrics.json")):
-        os.remove(os.path.join(log_dir, "metrics.json"))        # never beside the samples of another run
-    model = load_model(ckpt_dir, dtype=groups.default_dtype(dtype), model_type=model_type)
-    longest = model.config.max_seq_len if max_seq_len == -1 else max_seq_len
-    with groups.together("encoding the problems"):
-        check_vocabulary(tokenizer, model, ckpt_dir)
-        if not 2 <= longest <= model.config.max_seq_len:
-            raise ValueError(f"--max_seq_len {max_seq_len}: this model allows 2 to {model.config.max_seq_len}")
-        prompts = encode_problems(tokenizer, problems, label_file, longest, use_chat_template=use_chat_template, system_prompt=system_prompt)
-    groups.log(f"{len(problems)} problems of {label_file}, model {ckpt_dir}: {model.config.n_parameters / 1e6:.1f} M weights, "
-               f"{groups.tp_size()} tensor-parallel x {groups.dp_size()} data-parallel ranks, {model.dtype}")
-    metrics = evaluate(model, tokenizer, kind, problems, prompts, rule=rule, max_batch_size=max_batch_size, max_new_tokens=max_new_tokens,
-                       max_seq_len=longest, n_samples=num_samples_per_prompt, sampling=sampling,
-                       samples_file=os.path.join(log_dir, "samples.jsonl"))
-    if perplexity:
-        metrics |= reference_loss(model, tokenizer, problems, prompts, longest)
+    written = [os.path.join(log_dir, name) for name in ("samples.jsonl", "metrics.json")]
+    if groups.is_main() and os.path.exists(written[1]):
+        os.remove(written[1])        # never beside the samples of another run
+    if not samples_file:
+        model = load_model(ckpt_dir, dtype=groups.default_dtype(dtype), model_type=model_type)
+        longest = model.config.max_seq_len if max_seq_len == -1 else max_seq_len
+        with groups.together("encoding the problems"):
+            check_vocabulary(tokenizer, model, ckpt_dir)
+            if not 2 <= longest <= model.config.max_seq_len:
+                raise ValueError(f"--max_seq_len {max_seq_len}: this model allows 2 to {model.config.max_seq_len}")
+            prompts = encode_problems(tokenizer, problems, label_file, longest, **prompt_options)
+        groups.log(f"{len(problems)} problems of {label_file}, model {ckpt_dir}: {model.config.n_parameters / 1e6:.1f} M weights, "
+                   f"{groups.tp_size()} tensor-parallel x {groups.dp_size()} data-parallel ranks, {model.dtype}")
+        rows, speed = answer(model, tokenizer, kind, problems, prompts, rule=rule, max_batch_size=max_batch_size, max_new_tokens=max_new_tokens,
+                             max_seq_len=longest, n_samples=num_samples_per_prompt, sampling=sampling)
+        write_samples(written[0], rows)
+    metrics = summarize(rows, rule)
+    if not samples_file:
+        metrics |= speed
+        if perplexity:
+            metrics |= reference_loss(model, tokenizer, problems, prompts, longest)
+        del model       # its memory is the verifier's
+    groups.log(show(metrics))
+    if verifier_ckpt_dir:
+        with groups.together("reading the other evaluation"):
+            others = (against, first_answers(against, rows, rule)) if against else None
+        verifier = load_model(verifier_ckpt_dir, ValueModel, dtype=groups.default_dtype(dtype), trainable=False, need_head=True)
+        check_vocabulary(verifier_tokenizer, verifier, verifier_ckpt_dir)
+        score_samples(verifier, verifier_tokenizer, rows, **prompt_options)
+        write_samples(written[0], rows)
+        metrics["selection"] = select(rows, verifier.score, others)
+        groups.log(show_selection(metrics["selection"]))
     if groups.is_main():
         from llama_rlhf.cli import resolved
-        store.write_json(os.path.join(log_dir, "metrics.json"), {**metrics, "arguments": resolved, "environment": environment()})
-    groups.log(show(metrics))
+        store.write_json(written[1], {**metrics, "arguments": resolved, "environment": environment()})
     groups.log(f"written: {log_dir}/samples.jsonl and metrics.json")
     groups.shutdown()
 

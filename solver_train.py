@@ -93,7 +93,7 @@ def main(
     from llama_rlhf.evaluation import check_vocabulary, encode_problems, evaluate, show
     from llama_rlhf.parallel import groups
     from llama_rlhf.parallel.layers import Lora
-    from llama_rlhf.runlog import RunLog, peak_memory_gb
+    from llama_rlhf.runlog import Average, RunLog, peak_memory_gb
     from llama_rlhf.tasks import get_task
     from llama_rlhf.tokenizer import load_tokenizer
     from llama_rlhf.trainer import Trainer, response_logprobs
@@ -196,32 +196,6 @@ def main(
             break
     run_log.close()
     groups.shutdown()
-
-
-class Average:
-    """Token-weighted mean loss, and real tokens per second, since it was made."""
-
-    def __init__(self):
-        self.loss_sum, self.n_loss_tokens, self.n_tokens, self.seconds, self.n_steps = 0.0, 0, 0, 0.0, 0
-
-    def add(self, result, n_tokens, seconds):
-        self.n_steps += 1
-        self.n_tokens, self.seconds = self.n_tokens + n_tokens, self.seconds + seconds
-        if not result.skipped:
-            self.loss_sum += result.loss * result.n_tokens
-            self.n_loss_tokens += result.n_tokens
-
-    @property
-    def loss(self):
-        return self.loss_sum / self.n_loss_tokens if self.n_loss_tokens else float("nan")
-
-    @property
-    def perplexity(self):
-        return 2.718281828459045 ** min(self.loss, 700.0)
-
-    @property
-    def tokens_per_second(self):
-        return self.n_tokens / self.seconds if self.seconds else 0.0
 
 
 if __name__ == "__main__":

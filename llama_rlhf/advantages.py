@@ -133,6 +133,7 @@ class Algorithm:
     aggregation: str            # see losses.aggregation_weights
     kl_in: str                  # "reward" | "loss"
     kl_estimator: str           # see losses.kl_estimate
+    kl_coef: float              # when the run names none
     uses_critic: bool = False
     needs_group: bool = False   # compares the responses to one prompt
     clips: bool = True          # the ratio is clipped; if not, clip_low = clip_high = infinity
@@ -140,15 +141,15 @@ class Algorithm:
 
 ALGORITHMS: dict[str, Algorithm] = {
     # Schulman et al. 2017, arXiv:1707.06347; for language models: Ouyang et al. 2022, arXiv:2203.02155
-    "ppo":         Algorithm(_with_critic, True, "token-mean", "reward", "k1", uses_critic=True),
+    "ppo":         Algorithm(_with_critic, True, "token-mean", "reward", "k1", 0.05, uses_critic=True),
     # Shao et al. 2024, arXiv:2402.03300
-    "grpo":        Algorithm(_by_group(grpo_advantages), False, "seq-mean-token-mean", "loss", "k3", needs_group=True),
+    "grpo":        Algorithm(_by_group(grpo_advantages), False, "seq-mean-token-mean", "loss", "k3", 0.04, needs_group=True),
     # Liu et al. 2025, arXiv:2503.20783; the paper has no KL term: coefficient 0
-    "dr_grpo":     Algorithm(_by_group(dr_grpo_advantages), False, "fixed-length", "loss", "k3", needs_group=True),
+    "dr_grpo":     Algorithm(_by_group(dr_grpo_advantages), False, "fixed-length", "loss", "k3", 0.0, needs_group=True),
     # Ahmadian et al. 2024, arXiv:2402.14740
-    "rloo":        Algorithm(_by_group(rloo_advantages), False, "seq-mean-token-sum", "reward", "k1", needs_group=True, clips=False),
+    "rloo":        Algorithm(_by_group(rloo_advantages), False, "seq-mean-token-sum", "reward", "k1", 0.05, needs_group=True, clips=False),
     # Hu 2025, arXiv:2501.03262
-    "reinforce++": Algorithm(_to_go, True, "token-mean", "reward", "k1"),
+    "reinforce++": Algorithm(_to_go, True, "token-mean", "reward", "k1", 0.05),
 }
 
 

@@ -6,11 +6,19 @@
     for indices in batches(examples, max_batch_size=8, seed=0, epoch=0):
         rows = [examples[i] for i in indices]
 
+For a verifier, responses that somebody judged:
+
+    kind, problems = judged_problems(records)
+    train, held_out = split_problems(problems, 0.05)
+    examples = verifier_examples(train, tokenizer, loss="pairwise", max_seq_len=512)
+
 Plain Python: nothing here needs torch.
 """
 
 import json
+import math
 import random
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -218,6 +226,287 @@ def show_example(example, tokenizer):
     trained = tokenizer.decode(example.tokens[example.prompt_len :], skip_special=False)
     counts = f"{len(example.tokens)} tokens, {len(example.tokens) - example.prompt_len} trained on"
     return f"record {example.id} ({counts}):\n{prompt}⟦{trained}⟧"
+
+
+# -- judged responses, for verifiers ----------------------------------------------------------------------------
+
+JUDGED = {  # kind -> what its records hold
+    "pairs": '{"instruction", "chosen", "rejected"}',
+    "ranking": '{"instruction", "responses": [best first]} or {"instruction", "responses": [...], "scores": [...]}',
+    "labels": '{"instruction", "output", "label": 0 or 1} or samples.jsonl of solver_evaluate.py, with its "correct"',
+    "solutions": '{"instruction", "output"}',
+}
+
+
+@dataclass
+class JudgedProblem:
+    """Responses to one prompt, each once, and what is known of them.
+
+    responses: (text, finished); only a finished one is followed by the end token
+    labels: 1 right, 0 wrong, None where only comparisons are known
+    pairs: (better, worse) -> margin or None, by places in `responses`
+    """
+
+    prompt: str | list
+    where: str  # "train.json, record 17": the first with this prompt
+    id: str
+    responses: list[tuple[str, bool]] = field(default_factory=list)
+    labels: list[int | None] = field(default_factory=list)
+    pairs: dict[tuple[int, int], float | None] = field(default_factory=dict)
+    duplicates: int = 0  # labelled responses that were there already
+    places: dict = field(default_factory=dict, repr=False)
+
+    def place(self, text, finished=True, label=None):
+        """Where this response stands among the others; it is appended if it is new."""
+        key = text, finished, label
+        if key not in self.places:
+            self.places[key] = len(self.responses)
+            self.responses.append((text, finished))
+            self.labels.append(label)
+        return self.places[key]
+
+    def compare(self, better, worse, margin=None):
+        if better != worse:
+            self.pairs[better, worse] = margin
+
+    def all_pairs(self):
+        """The pairs that were given, or each right response against each wrong one."""
+        right, wrong = ([i for i, label in enumerate(self.labels) if label == value] for value in (1, 0))
+        return [(*pair, margin) for pair, margin in self.pairs.items()] or [(i, j, None) for i in right for j in wrong]
+
+
+def judged_problems(records, *, seed=0):
+    """(kind, problems): what the records say about responses, those to the same prompt together.
+
+    The kind is a key of JUDGED. The first record's fields tell it and the others must follow. Of "solutions", which are
+    all right, one wrong twin each is made by `corrupt_numbers`; a solution without a number in it gets none.
+    """
+    file = getattr(records, "file", "records")
+    kind = _judged_kind(records[0], f"{file}, record 1")
+    add = {"pairs": _add_pairs, "ranking": _add_ranking, "labels": _add_labelled, "solutions": _add_solutions}[kind]
+    problems = {}
+    for number, record in enumerate(records, 1):
+        where = f"{file}, record {number}"
+        if _judged_kind(record, where) != kind:
+            raise ValueError(f"{where}: expected {JUDGED[kind]} as in record 1 (keys: {', '.join(map(str, record))})")
+        prompt = prompt_of(record, where)
+        add(problems.setdefault(repr(prompt), JudgedProblem(prompt, where, str(number))), record, where)
+    if kind == "solutions":
+        for problem in problems.values():
+            generator = random.Random(f"{seed}/{problem.id}")
+            wrong = [corrupt_numbers(text, generator) for text, _ in problem.responses]
+            for text in filter(None, wrong):
+                problem.place(text, label=0)
+    return kind, list(problems.values())
+
+
+def _judged_kind(record, where):
+    if "chosen" in record or "rejected" in record:
+        return "pairs"
+    if "responses" in record or "outputs" in record:
+        return "ranking"
+    if "correct" in record or "label" in record:
+        return "labels"
+    if "messages" in record or any(answer in record for _, answer in SCHEMAS):
+        return "solutions"
+    expected = "; ".join(JUDGED.values())
+    raise ValueError(f"{where}: no judged response (keys: {', '.join(map(str, record)) or 'none'}). Expected {expected}")
+
+
+def _add_pairs(problem, record, where):
+    sides = [[problem.place(text) for text in _texts(record, name, where)] for name in ("chosen", "rejected")]
+    margin = _number(record["margin"], "margin", where) if record.get("margin") is not None else None
+    for better in sides[0]:
+        for worse in sides[1]:
+            problem.compare(better, worse, margin)
+
+
+def _add_ranking(problem, record, where):
+    name = "responses" if "responses" in record else "outputs"
+    texts = _texts(record, name, where)
+    scores = record.get("scores", list(range(len(texts), 0, -1)))
+    if not isinstance(scores, list) or len(scores) != len(texts) or len(texts) < 2:
+        found = f"{len(scores)} scores" if isinstance(scores, list) else _type_name(scores)
+        raise ValueError(f'{where}: "{name}" needs at least 2 entries and "scores" as many: {len(texts)} {name}, {found}')
+    scores = [_number(score, "scores", where) for score in scores]
+    places = [problem.place(text) for text in texts]
+    for i in range(len(texts)):
+        for j in range(len(texts)):
+            if scores[i] > scores[j]:
+                problem.compare(places[i], places[j])
+
+
+def _add_labelled(problem, record, where):
+    name = next((name for name in ("output", "response", "completion", "answer") if name in record), "output")
+    text = text_field(record, name, where, expected=JUDGED["labels"])
+    label_name = "correct" if "correct" in record else "label"  # in samples.jsonl the label is the reference answer
+    label, finished = record[label_name], record.get("finished", True)
+    if not isinstance(label, (bool, int, float)) or label not in (0, 1):
+        raise ValueError(
+            f'{where}: "{label_name}" must be 0, 1, true or false, found {json.dumps(label)[:40]}. '
+            'If it is the right answer to the problem, leave it out, or say in "correct" whether the output is right'
+        )
+    if not isinstance(finished, bool):
+        raise ValueError(f'{where}: "finished" must be true or false, found {_type_name(finished)}')
+    if text or finished:  # else there is no token to judge
+        n = len(problem.responses)
+        problem.duplicates += problem.place(text, finished, int(label)) < n
+
+
+def _add_solutions(problem, record, where):
+    for text in answers_of(record, where):
+        problem.place(text, label=1)
+
+
+def _texts(record, name, where):
+    """record[name]: a string, or a list of strings with at least one."""
+    if isinstance(record.get(name), list):
+        if not record[name] or not all(isinstance(text, str) for text in record[name]):
+            raise ValueError(f'{where}: "{name}" must be a string or a list of strings, with at least one')
+        return record[name]
+    return [text_field(record, name, where)]
+
+
+def _number(value, name, where):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f'{where}: "{name}" must hold finite numbers, found {json.dumps(value)[:40]}')
+    return value
+
+
+# The whole parts of numbers, as in 1,450,000 and 12.50: decimals stay as they are.
+_WHOLE_NUMBER = re.compile(r"(?<![0-9.])(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)")
+
+
+def corrupt_numbers(text, generator):
+    """A wrong solution that looks like `text`: its answer is another number wherever it stands, and so is, on average,
+    one number on the way there. None if there is no number.
+
+    The answer is what follows the last "####", or else the last number. A number is replaced by a near one, the same at
+    every place, so that only the arithmetic or the problem gives the error away, never two spellings of one result.
+    """
+    values = [int(match.group().replace(",", "")) for match in _WHOLE_NUMBER.finditer(text)]
+    if not values:
+        return None
+    before_answer = _WHOLE_NUMBER.findall(text[: text.rfind("####")]) if "####" in text else values[:-1]
+    answer = values[min(len(before_answer), len(values) - 1)]
+    others = sorted(set(values) - {answer})
+    new = {}
+    for value in [answer] + [other for other in others if generator.random() < 1 / len(others)]:
+        above = max(3, value // 5)
+        step = generator.randint(1, above + min(above, value))  # never below 0: there may be no room for a sign
+        new[value] = value + step if step <= above else value - (step - above)
+
+    def replacement(match):
+        value = int(match.group().replace(",", ""))
+        return format(new[value], "," if "," in match.group() else "") if value in new else match.group()
+
+    return _WHOLE_NUMBER.sub(replacement, text)
+
+
+def split_problems(problems, share, seed=0):
+    """(the rest, a random share of the problems); at least one of the latter if the share is not 0 and there are two."""
+    n = min(len(problems) - 1, max(1, round(share * len(problems)))) if share > 0 else 0
+    taken = set(random.Random(f"{seed}/held out").sample(range(len(problems)), n))
+    return [p for i, p in enumerate(problems) if i not in taken], [p for i, p in enumerate(problems) if i in taken]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a verifier learns from at once: all compared responses to a prompt, or a single labelled one.
+
+    responses: token ids, the prompt's first prompt_len included
+    pairs: (better, worse, margin or None) by places in `responses`; empty for a labelled response
+    weight: of a labelled response
+    """
+
+    responses: list[list[int]]
+    prompt_len: int
+    id: str
+    pairs: list[tuple[int, int, float | None]] = field(default_factory=list)
+    label: int | None = None
+    weight: float = 1.0
+
+    @property
+    def tokens(self):
+        return [token for response in self.responses for token in response]
+
+
+@dataclass
+class JudgedReport:
+    problems: int = 0
+    responses: int = 0
+    correct: int | None = None  # of labelled ones
+    pairs: int = 0
+    tokens: int = 0
+    duplicates: int = 0
+    truncated: int = 0
+    unpaired: int = 0  # problems in which nothing is better than anything else
+    long_prompts: list[str] = field(default_factory=list)  # the ids of problems left out
+
+    def __str__(self):
+        judged = f"{self.pairs} pairs" if self.correct is None else f"{self.correct} of them right"
+        text = f"{self.problems} problems, {self.responses} responses, {judged}, {self.tokens} tokens; "
+        text += f"{self.truncated} truncated, {self.duplicates} duplicates and {self.unpaired} problems without a pair left out"
+        if not self.long_prompts:
+            return text
+        shown = ", ".join(self.long_prompts[:5]) + (", ..." if len(self.long_prompts) > 5 else "")
+        return f"{text}, {len(self.long_prompts)} because the prompt alone fills max_seq_len (records {shown})"
+
+
+def verifier_examples(
+    problems, tokenizer, *, loss, max_seq_len, equal_problems=True, use_chat_template=False, system_prompt=None, report=None
+):
+    """Judged examples; `report`, a JudgedReport, is filled in.
+
+    loss "pairwise": one example per problem, with all its pairs. Otherwise ("mse", "bce") one per labelled response.
+    equal_problems: labelled responses weigh so that each problem has the same total; the mean weight is 1.
+    """
+    report = JudgedReport() if report is None else report
+    options = dict(use_chat_template=use_chat_template, system_prompt=system_prompt)
+    kept = []
+    for problem in problems:
+        try:
+            prompt_ids = encode_prompt(tokenizer, problem.prompt, **options)
+        except ValueError as e:
+            raise ValueError(f"{problem.where}: {e}") from e
+        pairs = problem.all_pairs() if loss == "pairwise" else []
+        report.duplicates += problem.duplicates
+        if len(prompt_ids) >= max_seq_len:
+            report.long_prompts.append(problem.id)
+        elif loss == "pairwise" and not pairs:
+            report.unpaired += 1
+        elif problem.responses:
+            kept.append((problem, prompt_ids, pairs))
+    report.problems, report.responses = len(kept), sum(len(problem.responses) for problem, *_ in kept)
+    report.correct = None if loss == "pairwise" else sum(sum(problem.labels) for problem, *_ in kept)
+    examples = []
+    for problem, prompt_ids, pairs in kept:
+        rows = [encode_response(tokenizer, prompt_ids, *response, max_seq_len) for response in problem.responses]
+        report.truncated += sum(cut for _, cut in rows)
+        rows = [tokens for tokens, _ in rows]
+        report.pairs += len(pairs)
+        report.tokens += sum(map(len, rows))
+        if loss == "pairwise":
+            examples.append(Judged(rows, len(prompt_ids), problem.id, pairs))
+        else:
+            weight = report.responses / (report.problems * len(rows)) if equal_problems else 1.0
+            examples += [Judged([row], len(prompt_ids), problem.id, label=label, weight=weight)
+                         for row, label in zip(rows, problem.labels)]  # fmt: skip
+    return examples
+
+
+def show_judged(example, tokenizer):
+    """A judged example as text: its one response and label, or the two of its first pair."""
+    shown = [(example.responses[0], f"label {example.label}")]
+    if example.pairs:
+        shown = [(example.responses[place], side) for place, side in zip(example.pairs[0], ("better", "worse"))]
+    return "\n".join(f"{side}: {show_example(Example(tokens, example.prompt_len, example.id), tokenizer)}" for tokens, side in shown)
+
+
+def encode_response(tokenizer, prompt_ids, text, finished, max_seq_len):
+    """(token ids of prompt and response, whether the end was cut off). Only a finished response ends with the eos."""
+    tokens = prompt_ids + tokenizer.encode(text, eos=finished)
+    return tokens[:max_seq_len], len(tokens) > max_seq_len
 
 
 # -- order ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Answer a task's problems with a policy and score the answers: the loop behind solver_evaluate.py and the training scripts."""
+"""Answer a task's problems with a policy, score the answers, and choose among them with a verifier: what is behind solver_evaluate.py."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import time
 
 import torch
 
-from llama_rlhf.data import encode_prompt
+from llama_rlhf.data import encode_prompt, encode_response, read_records
 from llama_rlhf.generation import Statistics, generate
-from llama_rlhf.models.transformer import CausalLM
+from llama_rlhf.models.transformer import CausalLM, ValueModel
 from llama_rlhf.parallel import groups
+from llama_rlhf.reward import pairs_by_label, probability, score_together, show_verifier, verifier_metrics
 from llama_rlhf.sampling import Sampling
-from llama_rlhf.scoring import mcnemar_exact, pass_at_k, wilson_interval
+from llama_rlhf.scoring import compare_paired, pass_at_k, selection, wilson_interval
 from llama_rlhf.trainer import response_logprobs
 
 
@@ -37,12 +38,18 @@ def encode_problems(tokenizer, problems, label_file: str, max_seq_len: int, **pr
     return prompts
 
 
-def evaluate(model: CausalLM, tokenizer, task, problems, prompts: list[list[int]], *, rule: str, max_batch_size: int, max_new_tokens: int,
-             max_seq_len: int, n_samples: int = 1, sampling: Sampling = Sampling(), samples_file: str | None = None,
-             progress: bool = True) -> dict:
-    """Collective. Generate for every problem, score by the task's rules, write one json line per answer, return the metrics.
+def evaluate(model: CausalLM, tokenizer, task, problems, prompts: list[list[int]], *, rule: str, samples_file: str, **generation) -> dict:
+    """Collective. Answer every problem, write one json line per answer, return the metrics: see `answer` and `summarize`."""
+    rows, speed = answer(model, tokenizer, task, problems, prompts, rule=rule, **generation)
+    write_samples(samples_file, rows)
+    return {**summarize(rows, rule), **speed}
 
-    Data-parallel replicas share the problems. The metrics are the same on every rank; accuracy counts all answers.
+
+def answer(model: CausalLM, tokenizer, task, problems, prompts: list[list[int]], *, rule: str, max_batch_size: int, max_new_tokens: int,
+           max_seq_len: int, n_samples: int = 1, sampling: Sampling = Sampling(), progress: bool = True) -> tuple[list[dict], dict]:
+    """Collective. Generate for every problem and score by the task's rules: one row per answer, and what it took.
+
+    Data-parallel replicas share the problems. Every rank returns the same.
     """
     bar = None
     if progress and groups.is_main():
@@ -78,17 +85,88 @@ def evaluate(model: CausalLM, tokenizer, task, problems, prompts: list[list[int]
         bar.close()
     rows = sorted((row for part, _ in gathered for row in part), key=lambda row: (row["id"], row["sample"]))
     per_replica = [s for _, s in gathered if s is not None]
-    if samples_file is not None:
-        with groups.together(f"writing {samples_file}"):
-            if groups.is_main():
-                os.makedirs(os.path.dirname(os.path.abspath(samples_file)), exist_ok=True)
-                with open(samples_file + ".part", "w") as file:
-                    file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                os.replace(samples_file + ".part", samples_file)
-    return {**summarize(rows, rule), "new_tokens": sum(s.new_tokens for s in per_replica),
-            "prompt_tokens": sum(s.prompt_tokens for s in per_replica), "seconds": round(seconds, 2),
-            "tokens_per_second": round(sum(s.new_tokens for s in per_replica) / seconds, 1),
-            "cache_mb": round(per_replica[0].cache_bytes / 1e6, 1)}
+    return rows, {"new_tokens": sum(s.new_tokens for s in per_replica),
+                  "prompt_tokens": sum(s.prompt_tokens for s in per_replica), "seconds": round(seconds, 2),
+                  "tokens_per_second": round(sum(s.new_tokens for s in per_replica) / seconds, 1),
+                  "cache_mb": round(per_replica[0].cache_bytes / 1e6, 1)}
+
+
+def write_samples(path: str, rows: list[dict]) -> None:
+    """Collective. One json line per answer."""
+    with groups.together(f"writing {path}"):
+        if groups.is_main():
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            with open(path + ".part", "w") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            os.replace(path + ".part", path)
+
+
+def read_samples(path: str, rule: str) -> list[dict]:
+    """The rows of a samples.jsonl, with answers as `rule` reads them. ValueError if it is something else."""
+    rows = read_records(path)
+    needed = ("id", "sample", "prompt", "response", "finished", "n_tokens", "answers", "correct_by_rule")
+    for number, row in enumerate(rows, 1):
+        if missing := [name for name in needed if name not in row]:
+            raise ValueError(f'{path}, record {number}: missing "{missing[0]}" (keys: {", ".join(row)}). '
+                             "Give a samples.jsonl that solver_evaluate.py has written.")
+        if rule not in row["answers"]:
+            raise ValueError(f"--rule {rule!r}: {path} has the answers by {', '.join(row['answers'])}")
+        row |= {"answer": row["answers"][rule], "correct": row["correct_by_rule"][rule]}
+    return sorted(rows, key=lambda row: (row["id"], row["sample"]))
+
+
+def score_samples(model: ValueModel, tokenizer, rows: list[dict], **prompt_options) -> None:
+    """Collective. Put a verifier's raw score into every row, and "weight", the probability that it gives the answer."""
+    sequences, prompt_lengths, prompts = [], [], {}
+    with groups.together("encoding the samples for the verifier"):
+        for row in rows:
+            if row["id"] not in prompts:
+                prompts[row["id"]] = encode_prompt(tokenizer, row["prompt"], **prompt_options)
+            ids = prompts[row["id"]]
+            if len(ids) >= model.config.max_seq_len:
+                raise ValueError(f"problem {row['id']}: the prompt has {len(ids)} tokens, the verifier takes up to {model.config.max_seq_len} in all")
+            sequences.append(encode_response(tokenizer, ids, row["response"], row["finished"], model.config.max_seq_len)[0])
+            prompt_lengths.append(len(ids))
+    # an unfinished answer without text is no answer: below all others
+    some = [i for i, ids in enumerate(sequences) if len(ids) > prompt_lengths[i]]
+    raw = score_together(model, [sequences[i] for i in some], [prompt_lengths[i] for i in some])
+    floor = min(raw, default=0.0) - 1.0
+    for row in rows:
+        row |= {"score": floor, "weight": 0.0}
+    for i, score, weight in zip(some, raw, probability(model.score, torch.tensor(raw, dtype=torch.float64)).tolist()):
+        rows[i] |= {"score": score, "weight": weight}
+
+
+def select(rows: list[dict], score: dict, against: tuple[str, dict[int, bool]] | None = None) -> dict:
+    """What a verifier's scores are worth in choosing among the answers to a problem: scoring.selection and reward.verifier_metrics.
+
+    score: of the verifier's manifest.  against: another system's name and, by problem, whether it was right.
+    """
+    problems = {}
+    for row in rows:
+        problems.setdefault(row["id"], []).append(row)
+    metrics, right = selection(list(problems.values()))
+    if against is not None:
+        name, theirs = against
+        common = [i for i, problem in enumerate(problems) if problem in theirs]
+        was, now = [theirs[problem] for problem in problems if problem in theirs], [right["best of n"][i] for i in common]
+        metrics["paired"][f"best of n against {name}"] = {**compare_paired(was, now), "accuracy": sum(was) / len(was)}
+    ids, labels = [row["id"] for row in rows], [int(row["correct"]) for row in rows]
+    pairs = pairs_by_label(ids, labels)
+    return metrics | {"verifier": verifier_metrics([row["score"] for row in rows], [row["n_tokens"] for row in rows], ids, score, pairs, labels)}
+
+
+def show_selection(metrics: dict) -> str:
+    """The metrics of `select` in a few lines for people."""
+    rate = lambda value: f"{value['accuracy']:6.1%}  {value['interval'][0]:.1%} to {value['interval'][1]:.1%}"  # noqa: E731
+    lines = [f"choosing among {metrics['n_samples']} answers to each of {metrics['n_problems']} problems (95 % intervals)"]
+    lines += [f"  {way.replace('best of n', 'best of ' + str(metrics['n_samples'])):14}{rate(value)}" for way, value in metrics["ways"].items()]
+    lines += ["     k  best of k                 pass@k"]
+    lines += [f"{k:>6}  {rate(value['best']):26}{rate(value['pass'])}" for k, value in metrics["by_k"].items()]
+    lines += [f"{name}: {pair['gained']} became right, {pair['lost']} became wrong of {pair['n']}, McNemar p = {pair['p']:.2g}"
+              for name, pair in metrics["paired"].items()]
+    lines.append(f"the verifier on these answers: {show_verifier(metrics['verifier'])}")
+    return "\n".join(lines)
 
 
 @torch.no_grad()
@@ -155,8 +233,8 @@ def show(metrics: dict) -> str:
     lines = [f"accuracy {metrics['accuracy']:.1%} ({metrics['correct']}/{metrics['n']}), 95 % interval {low:.1%} to {high:.1%}, "
              f"rule {metrics['rule']}",
              "by rule: " + ", ".join(f"{name} {value['accuracy']:.1%}" for name, value in metrics["rules"].items()),
-             f"finished {metrics['finished_share']:.1%}, {metrics['mean_tokens']:.0f} tokens per answer, "
-             f"{metrics['tokens_per_second']} tokens/s, {metrics['seconds']} s"]
+             f"finished {metrics['finished_share']:.1%}, {metrics['mean_tokens']:.0f} tokens per answer"
+             + (f", {metrics['tokens_per_second']} tokens/s, {metrics['seconds']} s" if "seconds" in metrics else "")]
     if "reference_loss" in metrics:
         lines.append(f"reference solutions: loss {metrics['reference_loss']:.4f}, perplexity {metrics['reference_perplexity']:.3f} "
                      f"over {metrics['reference_tokens']} tokens")
@@ -184,18 +262,27 @@ def compare_runs(log_dirs: list[str]) -> str:
         if differing := [key for key in first.keys() & rows.keys() if first[key]["prompt"] != rows[key]["prompt"]]:
             raise ValueError(f"{first_name} and {name} answered different problems (first: id {differing[0][0]}); compare runs on one label_file")
         common = sorted(key for key in first.keys() & rows.keys() if key[1] == 0)
-        was, now = ([answers[key]["correct_by_rule"][rule] for key in common] for answers in (first, rows))
-        gained, lost = sum(b and not a for a, b in zip(was, now)), sum(a and not b for a, b in zip(was, now))
-        lines.append(f"{name} against {first_name}, {len(common)} common problems, rule {rule}: {gained} became right, {lost} became wrong, "
-                     f"McNemar p = {mcnemar_exact(gained, lost):.2g}")
+        pair = compare_paired(*([answers[key]["correct_by_rule"][rule] for key in common] for answers in (first, rows)))
+        lines.append(f"{name} against {first_name}, {pair['n']} common problems, rule {rule}: {pair['gained']} became right, "
+                     f"{pair['lost']} became wrong, McNemar p = {pair['p']:.2g}")
     return "\n".join(lines)
 
 
-def _read_run(log_dir: str) -> tuple[dict, dict]:
+def first_answers(log_dir: str, rows: list[dict], rule: str) -> dict[int, bool]:
+    """Whether the first answer of an earlier evaluation was right, by problem. ValueError if it has no problem in common with rows."""
+    prompts = {row["id"]: row["prompt"] for row in rows}
+    theirs = {problem: row for (problem, sample), row in _read_run(log_dir, "--against")[1].items() if sample == 0 and problem in prompts}
+    differing = [problem for problem, row in theirs.items() if row["prompt"] != prompts[problem]]
+    if differing or not theirs:
+        raise ValueError(f"--against {log_dir}: that evaluation answered different problems" + (f" (first: id {differing[0]})" if differing else ""))
+    return {problem: row["correct_by_rule"][rule] for problem, row in theirs.items()}
+
+
+def _read_run(log_dir: str, flag: str = "--compare") -> tuple[dict, dict]:
     paths = [os.path.join(log_dir, name) for name in ("metrics.json", "samples.jsonl")]
     for path in paths:
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path}: not there. --compare takes log_dirs that solver_evaluate.py has written.")
+            raise FileNotFoundError(f"{path}: not there. {flag} takes log_dirs that solver_evaluate.py has written.")
     with open(paths[0]) as metrics, open(paths[1]) as samples:
         rows = [json.loads(line) for line in samples]
         return json.load(metrics), {(row["id"], row["sample"]): row for row in rows}

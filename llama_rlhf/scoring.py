@@ -4,8 +4,10 @@ Everywhere `n` counts samples, `c` (or `correct`) the correct ones among them. A
 spelling per meaning, as `tasks.gsm8k.extract_tolerant` returns it; None is "no answer" and never gets a vote.
 """
 
+from bisect import bisect_left
 from collections import Counter
 from math import comb, isfinite, log, sqrt
+from statistics import fmean, quantiles
 
 # ----------------------------------------------------------------------------------------------------------------
 # How sure is an accuracy
@@ -119,6 +121,92 @@ def top_vote(answers, scores, m):
         raise ValueError(f"m={m}: needs m >= 1")
     voters = sorted((-score, i) for i, score in enumerate(scores) if answers[i] is not None)
     return majority_vote([answers[i] for _, i in voters[:m]])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# All of these on one set of samples
+
+TOP_VOTERS = 3
+WAYS = ("first sample", "majority vote", "weighted vote", f"top-{TOP_VOTERS} vote", "best of n")
+
+
+def selection(problems):
+    """How often each of WAYS to choose one of a problem's answers is right, and what k samples give.
+
+    problems: for each, its samples in order: {"answer", "correct", "score", "weight"}; equal answers are equally right.
+    The weight, in [0, 1], is what a sample's vote counts in the weighted vote.
+    Returns the metrics, and {way: [right or not, per problem]} for tests against other systems.
+    """
+    right = {way: [] for way in WAYS}
+    for samples in problems:
+        answers, scores = [s["answer"] for s in samples], [s["score"] for s in samples]
+        correct = {s["answer"]: s["correct"] for s in samples if s["answer"] is not None}
+        votes = majority_vote(answers), weighted_vote(answers, [s["weight"] for s in samples]), top_vote(answers, scores, TOP_VOTERS)
+        best = samples[best_of_n(scores)]["correct"]
+        for way, value in zip(WAYS, (samples[0]["correct"], *(correct.get(vote, False) for vote in votes), best)):
+            right[way].append(bool(value))
+    ways = {way: {"accuracy": fmean(hits), "correct": sum(hits), "interval": list(wilson_interval(sum(hits), len(hits)))}
+            for way, hits in right.items()}
+    n = min(map(len, problems))
+    by_k = {}
+    for k in sorted({n, *(2**i for i in range(n.bit_length()) if 2**i <= n)}):
+        passes = [pass_at_k(len(samples), sum(s["correct"] for s in samples), k) for samples in problems]
+        best = [best_of_k([s["score"] for s in samples], [s["correct"] for s in samples], k) for samples in problems]
+        by_k[str(k)] = {name: {"accuracy": fmean(values), "interval": list(wilson_interval(sum(values), len(values)))}
+                        for name, values in (("pass", passes), ("best", best))}
+    pairs = {f"best of n against {way}": compare_paired(right[way], right["best of n"]) for way in WAYS[:2]}
+    return {"n_samples": n, "n_problems": len(problems), "ways": ways, "by_k": by_k, "paired": pairs}, right
+
+
+def compare_paired(was, now):
+    """What changed on the same problems, with the exact McNemar test. was, now: truth values per problem."""
+    gained, lost = sum(b and not a for a, b in zip(was, now)), sum(a and not b for a, b in zip(was, now))
+    return {"n": len(was), "gained": gained, "lost": lost, "p": mcnemar_exact(gained, lost)}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# How good are scores
+
+
+def pair_accuracy(pairs):
+    """Share of pairs (score of the better, score of the worse) that the scores order rightly; ties count half.
+
+    Over all pairs of right and wrong answers this is the area under the ROC curve. None without a pair.
+    """
+    return fmean((better > worse) + 0.5 * (better == worse) for better, worse in pairs) if pairs else None
+
+
+def calibration(probabilities, outcomes, n_bins=10):
+    """Expected calibration error (Naeini et al. 2015) and its bins: {"low", "high", "n", "probability", "share"}, no empty ones.
+
+    outcomes: in [0, 1]. A bin holds low < p <= high, the first also p = 0.
+    """
+    bins = {}
+    for p, outcome in zip(probabilities, outcomes, strict=True):
+        if not 0 <= p <= 1:
+            raise ValueError(f"{p} is no probability")
+        place = bisect_left([(i + 1) / n_bins for i in range(n_bins - 1)], p)
+        bins.setdefault(place, []).append((p, outcome))
+    table = [{"low": i / n_bins, "high": (i + 1) / n_bins, "n": len(members), "probability": fmean(p for p, _ in members),
+              "share": fmean(outcome for _, outcome in members)} for i, members in sorted(bins.items())]
+    n = sum(row["n"] for row in table)
+    return sum(row["n"] * abs(row["probability"] - row["share"]) for row in table) / n if n else None, table
+
+
+def score_by_length(scores, lengths):
+    """Correlation of score and length, and the mean score of each quarter of the lengths. Equal lengths share a quarter.
+
+    The correlation is None where one of them never varies.
+    """
+    x, y = ([value - fmean(values) for value in values] for values in (lengths, scores))
+    norms = sqrt(sum(a * a for a in x)), sqrt(sum(b * b for b in y))
+    bounds = quantiles(lengths, n=4, method="inclusive") if len(lengths) > 1 else []
+    quarters = {}
+    for length, score in zip(lengths, scores, strict=True):
+        quarters.setdefault(bisect_left(bounds, length), []).append((length, score))
+    return {"correlation": sum(a * b for a, b in zip(x, y)) / (norms[0] * norms[1]) if all(norms) else None,
+            "quarters": [{"longest": max(length for length, _ in members), "n": len(members), "score": fmean(score for _, score in members)}
+                         for _, members in sorted(quarters.items())]}
 
 
 def _check_k(k, n):

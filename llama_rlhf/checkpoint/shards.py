@@ -28,6 +28,7 @@ COMPANIONS = ("tokenizer.model", "tokenizer.model.v1", "tokenizer.model.v3", "to
               "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "qwen.tiktoken",
               "tokenizer.bytes.json", "chat_template.jinja", "generation_config.json")
 _STORED = ("causal_lm", "value_model")
+_TRAINING = "training.{:02d}.pth"
 
 
 def native_tensors(model: nn.Module) -> dict[str, Piece]:
@@ -181,15 +182,17 @@ def _write_companions(temporary: str, config: ModelConfig, source: str) -> dict:
     return {"params.json": params, **copy_companions(source, temporary)}
 
 
-def save_model(model: Transformer, folder: str, *, companions: str, **more) -> None:
+def save_model(model: Transformer, folder: str, *, companions: str, trainer=None, **more) -> None:
     """Collective. Publish this model as one consolidated.NN.pth per tensor-parallel rank; replicas write once.
 
     companions: the folder whose tokenizer files go along.  more: further manifest fields (step, epoch, score, ...).
+    trainer: its state goes along, one training.NN.pth per tensor-parallel rank, for `load_training_state`.
     """
     config, wanted = model.config, native_tensors(model)
     writes = groups.dp_rank() == 0
     entries = [(native, piece, parameter.detach()) for _, _, _, parameter, pieces in walk(model) for native, piece in pieces]
-    n_bytes = sum(piece_of(p, piece, owned=True).nbytes for _, piece, p in entries) if writes else 0
+    state = trainer.state_tensors() if trainer is not None else {}
+    n_bytes = sum(piece_of(p, piece, owned=True).nbytes for _, piece, p in entries) + sum(x.nbytes for x in state.values()) if writes else 0
 
     def write(temporary: str) -> dict:
         result = _write_companions(temporary, config, companions) if groups.is_main() else {}
@@ -201,13 +204,31 @@ def save_model(model: Transformer, folder: str, *, companions: str, **more) -> N
                 x = embedding if native == "tok_embeddings.weight" and embedding is not None else \
                     piece_of(parameter, piece, owned=True)
                 writer.write(native, x.cpu())
-            return result | {name: writer.close()}
+            result |= {name: writer.close()}
+        if state:
+            name = _TRAINING.format(groups.tp_rank())
+            with PthWriter(os.path.join(temporary, name)) as writer:
+                for key, x in state.items():
+                    writer.write(key, x.cpu())
+                result |= {name: writer.close()}
+        return result
 
     embedding = None
     if config.embedding_cut == "hidden" and groups.tp_size() > 1:
         embedding = _recut_embedding(model)
     store.publish(folder, write, _manifest(config, wanted, model.lora, groups.tp_size(), isinstance(model, ValueModel), more),
                   n_bytes=n_bytes)
+
+
+def load_training_state(trainer, folder: str) -> None:
+    """Collective. Give a trainer the state that `save_model` stored with its model. ValueError on every rank when it does not fit."""
+    path = os.path.join(folder, _TRAINING.format(groups.tp_rank()))
+    with groups.together(f"loading {path}"):
+        n_shards = read_manifest(folder)["n_shards"]
+        if not os.path.exists(path) or n_shards != groups.tp_size():
+            raise CheckpointError(f"{folder} was saved by {n_shards} tensor-parallel ranks{'' if os.path.exists(path) else ' without optimizer state'}; "
+                                  f"here are {groups.tp_size()}. Resume with as many, or start a new run from its weights.")
+        trainer.load_state_tensors(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
 
 
 def _recut_embedding(model: Transformer) -> torch.Tensor:

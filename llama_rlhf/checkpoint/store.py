@@ -139,6 +139,24 @@ def existing_saves(folder: str) -> list[str]:
     return sorted(name for name in os.listdir(folder) if _SAVE.fullmatch(name)) if os.path.isdir(folder) else []
 
 
+def complete_saves(folder: str) -> dict[int, str]:
+    """step -> path of the saves in a save_dir that have a manifest."""
+    paths = [os.path.join(folder, name) for name in existing_saves(folder)]
+    return {read_manifest(path).get("step", 0): path for path in paths if os.path.exists(os.path.join(path, MANIFEST))}
+
+
+def keep_newest(folder: str, n: int, spare: set[int]) -> None:
+    """Rank 0 removes all complete saves but the n newest (n at least 1; -1: all) and those of the steps in `spare`."""
+    if n == -1 or not groups.is_main():
+        return
+    saves = complete_saves(folder)
+    for step in sorted(saves)[:-n]:
+        if step not in spare:
+            # first the manifest: half-removed folders must not look complete
+            os.remove(os.path.join(saves[step], MANIFEST))
+            shutil.rmtree(saves[step], ignore_errors=True)
+
+
 def _fsync_folder(folder: str) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -1,0 +1,127 @@
+"""The live models of a PPO run: actor, reference, critic, reward model; which weights they share, and where the idle ones wait.
+
+With adapters one frozen base serves all four: each role is a module of its own whose frozen parameters are the same tensors
+(see checkpoint.shards.load_model, `share`), so "the reference" is the base with the adapters it had at the start, and nothing
+is switched on or off. With full weights the roles differ everywhere; on CUDA an idle one can wait in pinned host memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+
+import torch
+
+from llama_rlhf.checkpoint.shards import load_model
+from llama_rlhf.models.transformer import CausalLM, Transformer, ValueModel
+from llama_rlhf.parallel import groups
+from llama_rlhf.parallel.layers import Lora
+from llama_rlhf.reward import fold_head
+
+_RESIDENT_SHARE = 0.5       # "auto": everything stays on the device if the weights of all roles take at most this share of it
+
+
+@dataclass
+class Roles:
+    """The models, and the host copies of those that wait (see `using`). None: this run has no such role."""
+
+    actor: CausalLM
+    reference: CausalLM | None = None
+    critic: ValueModel | None = None
+    reward: ValueModel | None = None
+    moves: bool = False
+    waiting: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)      # id of a model -> its frozen host copies
+
+    def all(self) -> dict[str, Transformer]:
+        named = {"actor": self.actor, "reference": self.reference, "critic": self.critic, "reward": self.reward}
+        return {name: model for name, model in named.items() if model is not None}
+
+    def n_bytes(self) -> int:
+        """Of all weights on this rank, shared ones once."""
+        return sum({p.data_ptr(): p.nbytes for model in self.all().values() for p in model.parameters()}.values())
+
+    @contextlib.contextmanager
+    def using(self, *models: Transformer | None, trainer=None):
+        """The models are on the device inside, and wait in host memory afterwards. trainer: its masters and moments come and go too."""
+        if not self.moves:
+            yield
+            return
+        for model in models:
+            self._fetch(model)
+        if trainer is not None:
+            trainer.move_state(groups.device())
+        try:
+            yield
+        finally:
+            if trainer is not None:
+                trainer.move_state(torch.device("cpu"))
+            for model in models:
+                self.send_away(model)
+
+    def _fetch(self, model: Transformer) -> None:
+        for p in self._own(model):
+            p.data = p.data.to(groups.device(), non_blocking=True)
+
+    def send_away(self, model: Transformer) -> None:
+        """Frozen weights keep one host copy, which is never written again; trained ones are copied each time."""
+        kept = self.waiting.setdefault(id(model), {})
+        for i, p in enumerate(self._own(model)):
+            if str(i) not in kept:
+                host = torch.empty(p.shape, dtype=p.dtype, pin_memory=groups.device().type == "cuda")
+                kept[str(i)] = host.copy_(p.data)
+            elif p.requires_grad:
+                kept[str(i)].copy_(p.data)
+            p.data = kept[str(i)]
+
+    def _own(self, model: Transformer) -> list[torch.nn.Parameter]:
+        """The parameters that no other role shares: only these move."""
+        others = {id(p) for other in self.all().values() if other is not model for p in other.parameters()}
+        return [p for p in model.parameters() if id(p) not in others]
+
+
+def load_roles(*, actor_dir: str, start_dir: str, critic_dir: str, critic_start_dir: str, reward_dir: str, needs_reference: bool, lora: Lora | None,
+               dtype: torch.dtype, model_type: str = "", seed: int = 0, keep_resident: str = "auto") -> Roles:
+    """Collective. Load what a run needs; critic_dir or reward_dir "" leaves that role out.
+
+    actor_dir: the policy to train from, and the reference.  start_dir: where the actor's weights come from; differs from
+    actor_dir when a run is resumed. The same for the critic: one that comes from a reward model starts with the scale of its
+    scores folded into the head, one from a policy with a new head.
+    keep_resident: auto, always or never: whether idle models stay on the device (on a CPU they always do).
+    """
+    actor = load_model(start_dir, lora=lora, dtype=dtype, model_type=model_type, seed=seed)
+    roles = Roles(actor)
+    frozen = dict(dtype=dtype, model_type=model_type, trainable=False, verify=True)
+    if needs_reference:
+        roles.reference = load_model(actor_dir, lora="stored" if lora else None, share=[actor], **frozen)
+    if reward_dir:
+        roles.reward = load_model(reward_dir, ValueModel, lora="stored" if lora else None, need_head=True,
+                                  share=list(roles.all().values()), **frozen)
+    if critic_dir:
+        roles.critic = load_model(critic_start_dir, ValueModel, lora=lora, dtype=dtype, model_type=model_type, seed=seed + 1,
+                                  share=list(roles.all().values()))
+        if roles.critic.score:
+            fold_head(roles.critic)
+    if keep_resident not in ("auto", "always", "never"):
+        raise ValueError(f"--keep_resident {keep_resident!r}: use auto, always or never")
+    if groups.device().type == "cuda":
+        total = torch.cuda.get_device_properties(groups.device()).total_memory
+        roles.moves = keep_resident == "never" or keep_resident == "auto" and roles.n_bytes() > _RESIDENT_SHARE * total
+        if roles.moves:
+            for model in roles.all().values():
+                roles.send_away(model)
+    return roles
+
+
+def check_same_tokenizer(tokenizer, others: dict[str, object], model_dirs: dict[str, str]) -> None:
+    """Every role reads the actor's ids, so all tokenizers must give every id the same meaning. ValueError names the first difference.
+
+    others: role -> its tokenizer.  model_dirs: role -> folder, for the message.
+    """
+    for role, other in others.items():
+        if other.vocab_size != tokenizer.vocab_size:
+            raise ValueError(f"the tokenizer of the {role} ({model_dirs[role]}) has {other.vocab_size} ids, the actor's {tokenizer.vocab_size}. "
+                             "Actor, critic and reward model must share one tokenizer.")
+        for i in range(tokenizer.vocab_size):
+            if tokenizer.token_text(i) != other.token_text(i):
+                raise ValueError(f"the tokenizer of the {role} ({model_dirs[role]}) reads id {i} as {other.token_text(i)!r}, the actor's as "
+                                 f"{tokenizer.token_text(i)!r}. Actor, critic and reward model must share one tokenizer.")

@@ -1,0 +1,268 @@
+"""ppo_train.py as a user runs it, on toy models: the same numbers on any layout, faults, resumption, one base for four roles."""
+
+import json
+import math
+import os
+import random
+
+import pytest
+import torch
+from ranks import run_ranks, run_script
+from toys import add_bytes_tokenizer, make_hf
+
+PROMPTS = [{"instruction": f"{a}+{b}?", "output": f"#### {a + b}"} for a in range(5) for b in range(4)]
+SHORT = dict(max_buffer_size=8, minibatch_size=4, max_batch_size=4, max_new_tokens=8, dtype="fp32", max_iterations=2, actor_lr=1e-4, critic_lr=1e-3,
+             reward_function="", critic_warmup=0)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A random policy, a reward model saved from it, a reward function, prompts."""
+    folder = tmp_path_factory.mktemp("ppo")
+    make_hf(folder / "hf", "llama-9-3", vocab_size=263, max_position_embeddings=64)
+    add_bytes_tokenizer(folder / "hf")
+    # a random model seldom draws the one end token: with 60 of them about a fifth of the tokens end a response
+    (folder / "hf/generation_config.json").write_text(json.dumps({"eos_token_id": [257, *range(130, 190)]}))
+    run_ranks(1, save_reward_model, str(folder / "hf"), str(folder / "reward"), None)
+    (folder / "prompts.json").write_text(json.dumps(PROMPTS))
+    (folder / "rewards.py").write_text(
+        "def evens(prompt, response, label):\n    return sum(ord(c) % 2 == 0 for c in response) / 8\n"
+        "def sometimes_nan(prompt, response, label):\n    return float('nan') if prompt.startswith('1') else 1.0\n"
+        "def broken(prompt, response, label):\n    raise KeyError('no such table')\n"
+        "def equal(prompt, response, label):\n    return 1.0\n")
+    return folder
+
+
+def save_reward_model(source, target, lora):
+    from llama_rlhf.checkpoint.shards import load_model, save_model
+    from llama_rlhf.models.transformer import ValueModel
+    from llama_rlhf.parallel import groups
+    from llama_rlhf.parallel.layers import Lora
+    groups.initialize(device="cpu")
+    model = load_model(source, ValueModel, lora=lora and Lora(*lora), seed=5)
+    if lora:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name.endswith("lora_b"):
+                    p.copy_(torch.randn_like(p) * 0.05)
+    save_model(model, target, companions=source, score={"loss": "mse", "offset": 0.25, "scale": 2.0, "form": "linear"})
+    groups.shutdown()
+
+
+def iterations(folder):
+    with open(folder / "log/metrics.jsonl") as file:
+        records = [json.loads(line) for line in file]
+    return [r for r in records if r["kind"] == "iteration"]
+
+
+def numbers(record):
+    """Without what differs from run to run."""
+    timing = {"time", "run", "seconds", "phases", "peak_memory_gb", "generated_per_second", "kind", "ratio_gap"}
+    return {key: value for key, value in record.items() if key not in timing}
+
+
+def ppo(toy, save_dir, n=1, **flags):
+    ranks = run_script(n, "ppo_train.py", **{**SHORT, "actor_ckpt_dir": toy / "hf", "actor_save_dir": save_dir, "train_file": toy / "prompts.json", **flags})
+    return ranks
+
+
+def ok(ranks):
+    assert all(code == 0 for code, *_ in ranks), ranks[0][2][-3000:]
+    return ranks[0][1]
+
+
+def sentence(ranks):
+    """The first line of the error; every rank must have failed."""
+    assert all(code == 1 for code, *_ in ranks), ranks
+    lines = sorted({err.strip().splitlines()[0] for *_, err in ranks})
+    return next((line for line in lines if "failed while" not in line), lines[0])
+
+
+LAYOUTS = {"two tensor-parallel": (2, {}), "two data-parallel": (2, {"model_parallel_size": 1}), "other micro-batches": (1, {"max_batch_size": 3})}
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_numbers_do_not_depend_on_the_layout(algorithm, toy, tmp_path):
+    """Reward model, rule, function, KL: two iterations give the same statistics and weights at 1 rank, 2 tensor-parallel, 2 data-parallel
+    ranks and for another split into micro-batches (fp32, tolerance for other orders of sums and Adam's division)."""
+    flags = dict(algorithm=algorithm, reward_function=f"{toy / 'rewards.py'}:evens", reward_model_ckpt_dir=toy / "reward", rule_weight=0.5)
+    out = ok(ppo(toy, tmp_path / "one", **flags))
+    assert "iteration 2/2" in out and "saved" in out
+    one = iterations(tmp_path / "one")
+    assert len(one) == 2 and one[0]["first_ratio_gap"] < 1e-4 and one[0]["kl_sequence"] == 0.0 and one[0]["kl_max"] == 0.0
+    assert one[1]["kl_max"] > 0
+    for name, (n, more) in LAYOUTS.items():
+        folder = tmp_path / name.replace(" ", "-")
+        ok(ppo(toy, folder, n, **flags, **more))
+        other = iterations(folder)
+        for a, b in zip(one, other):
+            a, b = numbers(a), numbers(b)
+            assert a.keys() == b.keys(), name
+            for key in a:
+                assert a[key] == pytest.approx(b[key], rel=2e-3, abs=2e-5), (name, key)
+    weights = [whole(tmp_path / f) for f in ("one", "two-tensor-parallel", "two-data-parallel", "other-micro-batches")]
+    for other in weights[1:]:
+        for key, value in weights[0].items():
+            torch.testing.assert_close(other[key], value, atol=5e-5, rtol=0, msg=key)
+
+
+def whole(folder):
+    """name -> full tensor of the last save, joined from its shards."""
+    save = max(folder.glob("step-*"))
+    plan = json.loads((save / "manifest.json").read_text())["plan"]
+    shards = [torch.load(path, weights_only=True) for path in sorted(save.glob("consolidated.*.pth"))]
+    return {name: shards[0][name] if entry["cut"] is None else torch.cat([s[name] for s in shards], entry["cut"]) for name, entry in plan.items()}
+
+
+@pytest.mark.parametrize("algorithm,extra", [("dr_grpo", {}), ("rloo", {}), ("reinforce++", {}), ("ppo", {"bootstrap_truncated": True, "dual_clip": 3.0}),
+                                             ("ppo", {"kl_target": 2.0, "entropy_coef": 0.01, "normalize_scores": True, "target_kl": 1e-9}),
+                                             ("reinforce++", {"kl_coef": 0.0})])
+def test_every_algorithm_and_option_runs(algorithm, extra, toy, tmp_path):
+    ok(ppo(toy, tmp_path / "run", algorithm=algorithm, **{"reward_function": f"{toy / 'rewards.py'}:evens", **extra}))
+    first, second = iterations(tmp_path / "run")
+    assert all(math.isfinite(r[key]) for r in (first, second) for key in ("policy_loss", "score", "approx_kl", "entropy"))
+    assert ("value_loss" in first) == (algorithm == "ppo")
+    assert ("kl_sequence" in first) == (algorithm != "dr_grpo" and extra.get("kl_coef") != 0.0)
+    if "target_kl" in extra:
+        assert first["stopped_early"] and first["actor_steps"] == 2       # the first step's ratio is 1
+        assert second["kl_coef"] != first["kl_coef"]
+    if algorithm in ("dr_grpo", "rloo"):
+        assert "equal_groups" in first
+
+
+def test_one_frozen_base_serves_four_roles(toy, tmp_path):
+    result, = run_ranks(1, _four_roles, str(toy / "hf"), str(tmp_path))
+    shared, whole_bytes, all_bytes, differences, kl, digests = result
+    assert shared > 0.9 * whole_bytes and all_bytes < 1.6 * whole_bytes      # the toy's adapters are large beside it
+    assert max(differences) < 1e-6 and kl == 0.0
+    assert digests[0] == digests[1]
+
+
+def _four_roles(source, folder):
+    """Actor, critic and reward model with adapters, reference without, on one base: the same outputs as loaded alone, and the base untouched."""
+    from llama_rlhf.checkpoint.shards import load_model
+    from llama_rlhf.models.transformer import ValueModel
+    from llama_rlhf.parallel import groups
+    from llama_rlhf.parallel.layers import Lora
+    from llama_rlhf.roles import load_roles
+    from llama_rlhf.trainer import Trainer, response_logprobs, response_values
+    save_reward_model(source, folder + "/reward", (2, 4.0))
+    groups.initialize(device="cpu")
+    roles = load_roles(actor_dir=source, start_dir=source, critic_dir=folder + "/reward", critic_start_dir=folder + "/reward",
+                       reward_dir=folder + "/reward", needs_reference=True, lora=Lora(2, 4.0), dtype=torch.float32)
+    rows, plens = [[256, *range(40, 52)], [256, 60, 61, 62, 63]], [4, 2]
+    base = {name: p for name, p in roles.actor.named_parameters() if "lora" not in name}
+    digest = lambda: hash(b"".join(p.detach().numpy().tobytes() for p in base.values()))  # noqa: E731
+    before = digest()
+    alone = dict(actor=load_model(source), reference=load_model(source), critic=load_model(folder + "/reward", ValueModel, lora="stored"),
+                 reward=load_model(folder + "/reward", ValueModel, lora="stored"))
+    differences = []
+    with torch.no_grad():
+        kl = (response_logprobs(roles.actor, rows, plens) - response_logprobs(roles.reference, rows, plens)).abs().max().item()
+        for name, model in alone.items():
+            see = response_logprobs if name in ("actor", "reference") else response_values
+            mine = see(getattr(roles, name), rows, plens)
+            if name == "critic":        # the reward model's scale is folded into its head: (score - 0.25) / 2
+                mine = mine * 2.0 + 0.25
+            differences.append((mine - see(model, rows, plens)).abs().max().item())
+    whole_bytes = sum(p.nbytes for p in alone["actor"].parameters())
+    ids = [{id(p) for p in model.parameters()} for model in roles.all().values()]
+    shared = sum(p.nbytes for p in roles.actor.parameters() if all(id(p) in other for other in ids) or
+                 "output" in next(n for n, q in roles.actor.named_parameters() if q is p) and id(p) in ids[1])
+    for model in (roles.actor, roles.critic):
+        trainer = Trainer(model, lr=1e-2, total_steps=3)
+        see = response_logprobs if model is roles.actor else response_values
+        for _ in range(3):
+            trainer.step([[0, 1]], lambda _: -see(model, rows, plens).sum(), lambda _: 12)
+    result = shared, whole_bytes, roles.n_bytes(), differences, kl, (before, digest())
+    groups.shutdown()
+    return result
+
+
+def test_lora_run_continues_and_evaluates(toy, tmp_path):
+    """LoRA actor and critic on two ranks; the saves load everywhere a checkpoint does."""
+    ok(ppo(toy, tmp_path / "run", 2, lora_rank=2, label_file=toy / "prompts.json", eval_steps=1, save_steps=1, keep_last=1))
+    assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.name.startswith("step")) in (["step-2"], ["step-1", "step-2"])
+    ok(run_script(1, "solver_evaluate.py", ckpt_dir=tmp_path / "run", log_dir=tmp_path / "eval", label_file=toy / "prompts.json", max_new_tokens=4,
+                  dtype="fp32"))
+
+
+@pytest.mark.parametrize("lora_rank,n", [(-1, 1), (2, 2)])
+def test_resumed_run_equals_an_undisturbed_one(lora_rank, n, toy, tmp_path):
+    """Weights, optimizers, KL coefficient, moments: bit for bit, at 1 rank with full weights and 2 with adapters."""
+    flags = dict(lora_rank=lora_rank, save_steps=1, keep_last=-1, max_iterations=3, epochs=2, reward_function=f"{toy / 'rewards.py'}:evens", kl_target=1.0,
+                 normalize_scores=True, lr_schedule="linear")
+    ok(ppo(toy, tmp_path / "whole", n, **flags))
+    ok(ppo(toy, tmp_path / "cut", n, **flags))
+    for folder in (tmp_path / "cut", tmp_path / "cut/critic"):
+        (folder / "step-3/manifest.json").unlink()          # as if the run had died before its last save was complete
+        os.rename(folder / "step-3", folder / "gone")
+    assert "already holds" in sentence(ppo(toy, tmp_path / "cut", n, **flags))
+    assert "--gamma 0.9 (was 1.0)" in sentence(ppo(toy, tmp_path / "cut", n, **flags, resume=True, gamma=0.9))
+    out = ok(ppo(toy, tmp_path / "cut", n, **flags, resume=True))
+    assert "resumed after iteration 2" in out
+    assert numbers(iterations(tmp_path / "whole")[2]) == numbers(iterations(tmp_path / "cut")[-1])
+    for role in ("", "critic"):
+        for path in sorted((tmp_path / "whole" / role / "step-3").glob("*.pth")):
+            a, b = (torch.load(p, weights_only=True) for p in (path, tmp_path / "cut" / role / "step-3" / path.name))
+            assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), path
+
+
+def test_a_saved_rollout_replays_to_the_same_update(toy, tmp_path):
+    flags = dict(max_iterations=1, reward_function=f"{toy / 'rewards.py'}:evens")
+    ok(ppo(toy, tmp_path / "first", save_rollouts=True, **flags))
+    ok(ppo(toy, tmp_path / "again", replay=tmp_path / "first/log/rollout-1.pt", **flags))
+    a, b = whole(tmp_path / "first"), whole(tmp_path / "again")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    (tmp_path / "noise.pt").write_bytes(random.Random(0).randbytes(500))
+    assert "is not a rollout" in sentence(ppo(toy, tmp_path / "third", replay=tmp_path / "noise.pt", **flags))
+
+
+def test_faults_of_rewards_follow_the_stated_rule(toy, tmp_path):
+    rewards = toy / "rewards.py"
+    ok(ppo(toy, tmp_path / "nan", 2, model_parallel_size=1, reward_function=f"{rewards}:sometimes_nan", max_buffer_size=16, max_new_tokens=24))
+    first = iterations(tmp_path / "nan")[0]
+    assert first["not_finite"] + first["truncated"] + first["too_short"] > 0 and first["score_min"] == -1.0
+    ok(ppo(toy, tmp_path / "equal", reward_function=f"{rewards}:equal", algorithm="grpo", bad_score=1.0))
+    same = iterations(tmp_path / "equal")[0]
+    assert same["score_std"] == 0 and same["equal_groups"] == 1.0 and same["policy_loss"] == 0.0
+    ranks = ppo(toy, tmp_path / "raise", 2, reward_function=f"{rewards}:broken")
+    assert all(code == 1 and "no such table" in err for code, _, err in ranks), ranks
+    assert "has no function" in sentence(ppo(toy, tmp_path / "name", reward_function=f"{rewards}:missing"))
+
+
+def test_a_policy_that_only_ends_is_scored_too_short(toy, tmp_path):
+    def only_ends(model):
+        model.requires_grad_(False)
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight[:1].expand_as(model.model.embed_tokens.weight).clone())
+        model.model.norm.weight.fill_(1.0)
+        direction = model.model.embed_tokens.weight[0] / model.model.embed_tokens.weight[0].norm()
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[257] = 10 * direction
+    make_hf(tmp_path / "hf", "llama-9-3", vocab_size=263, max_position_embeddings=64, change=only_ends)
+    add_bytes_tokenizer(tmp_path / "hf")
+    ok(ppo(toy, tmp_path / "run", 2, actor_ckpt_dir=tmp_path / "hf"))
+    for record in iterations(tmp_path / "run"):
+        assert record["too_short"] == 8 and record["response_length"] == 1.0 and record["score"] == -1.0
+
+
+@pytest.mark.parametrize("flags,said", [
+    ({"algorithm": "pppo"}, "did you mean 'ppo'"), ({"algorithm": "grpo", "num_samples_per_prompt": 1}, "must be at least 2"),
+    ({"algorithm": "rloo", "critic_ckpt_dir": "HF"}, "has no critic"), ({"max_new_tokens": 80}, "prompts fit"),
+    ({"kl_coef": -0.5}, "--kl_coef -0.5"), ({"temperature": 0.0}, "--temperature 0.0"), ({"max_buffer_size": 9, "num_samples_per_prompt": 2}, "multiple"),
+    ({"rule_weight": 0.0}, "no reward"), ({"reward_model_ckpt_dir": "HF"}, "has no value head"), ({"rule": "Z"}, "--rule"),
+    ({"minibatch_size": 99}, "--minibatch_size 99"), ({"lora_rank": 0}, "--lora_rank 0"), ({"keep_resident": "perhaps"}, "--keep_resident"),
+])
+def test_wrong_input_gets_a_sentence(flags, said, toy, tmp_path):
+    flags = {key: toy / "hf" if value == "HF" else value for key, value in flags.items()}
+    assert said in sentence(ppo(toy, tmp_path / "run", **flags))
+
+
+def test_roles_must_share_a_tokenizer(toy, tmp_path):
+    make_hf(tmp_path / "other", "llama-9-3", vocab_size=263, max_position_embeddings=64)
+    add_bytes_tokenizer(tmp_path / "other")
+    (tmp_path / "other/tokenizer.bytes.json").write_text(json.dumps({"kind": "bytes", "vocab_size": 262}))
+    assert "must share one tokenizer" in sentence(ppo(toy, tmp_path / "run", 2, critic_ckpt_dir=tmp_path / "other"))

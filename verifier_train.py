@@ -1,0 +1,223 @@
+"""Train a reward model (the "verifier") on responses that somebody or something judged."""
+
+from llama_rlhf.cli import run
+
+
+def main(
+    *,
+    ckpt_dir: str,
+    save_dir: str,
+    train_file: str = "dataset/GSM8K/train.json",
+    log_dir: str = "",
+    model_type: str = "",
+    max_batch_size: int = 6,
+    max_batch_tokens: int = -1,
+    accumulation_steps: int = 1,
+    lora_rank: int = -1,
+    lora_alpha: float = 32.0,
+    epochs: int = 1,
+    max_steps: int = -1,
+    max_seq_len: int = 1024,
+    loss: str = "auto",
+    margin: float = 0.0,
+    centre: float = 0.0,
+    lm_loss_weight: float = 0.0,
+    equal_problems: bool = True,
+    lr: float = -1.0,
+    lr_schedule: str = "cosine",
+    warmup_ratio: float = 0.03,
+    weight_decay: float = 0.01,
+    max_grad_norm: float = 1.0,
+    use_chat_template: bool = False,
+    system_prompt: str | None = None,
+    label_file: str = "",
+    held_out: float = 0.05,
+    save_steps: int = -1,
+    log_steps: int = 10,
+    activation_checkpointing: bool = False,
+    seed: int = 0,
+    dtype: str = "auto",
+    model_parallel_size: int = -1,
+    tokenizer_file: str = "",
+    chat_format: str | None = None,
+    device: str = "auto",
+    timeout_seconds: float = 600.0,
+):
+    """Train a model with a scalar head to tell good responses from bad ones.
+
+    The data's fields say how: {"instruction", "chosen", "rejected"} are compared; {"instruction", "responses"} (best first, or with
+    "scores") are compared each with each; {"instruction", "output", "label": 0 or 1}, or samples.jsonl of solver_evaluate.py, are
+    right or wrong at every token; of {"instruction", "output"} wrong twins are made by changing numbers, and compared.
+    Saves save_dir/epoch-N (and step-N), each a complete reward model; writes metrics.jsonl and run.json to log_dir.
+
+    Args:
+        ckpt_dir: what to start from: a fine-tuned or base model (the head is new then), or an earlier verifier
+        save_dir: where epoch-N and step-N folders go; must not hold those of another run
+        train_file: json list or jsonl of judged responses, see above
+        log_dir: default: save_dir/log
+        model_type: a preset such as llama-2-7b, needed only when the checkpoint has no config of its own
+        max_batch_size: per micro-batch and replica: labelled responses, or problems with all their compared responses
+        max_batch_tokens: tokens per micro-batch at most; -1: no limit
+        accumulation_steps: micro-batches per optimizer step
+        lora_rank: -1 trains all weights; 16 trains adapters of that rank on every linear layer, and the head
+        lora_alpha: adapters are scaled by lora_alpha / lora_rank
+        epochs: passes over the data; more than one soon learns the solutions by heart
+        max_steps: stop after so many optimizer steps; -1: no limit
+        max_seq_len: prompt and response together; longer responses are cut, and counted
+        loss: auto, pairwise, mse or bce; auto: mse for labels, else pairwise; labels can be compared, comparisons have no labels
+        margin: by how much a better response should lead, for pairs without a "margin" of their own
+        centre: weight of the squared sum of a pair's scores, which keeps scores around 0; 0.01 is usual
+        lm_loss_weight: adds the language-model loss on right solutions, times this, to mse or bce; Cobbe et al. take 1
+        equal_problems: labels: every problem weighs the same, however many different responses it has
+        lr: peak learning rate; -1: 1e-5 for all weights, 2e-4 for adapters
+        lr_schedule: cosine, linear or constant, after the warm-up
+        warmup_ratio: share of the steps over which the rate rises
+        weight_decay: AdamW's, on matrices other than the embedding and the heads
+        max_grad_norm: gradients are scaled down to this global norm; 0: never
+        use_chat_template: render prompts as the model's chat format does
+        system_prompt: put before every prompt
+        label_file: judged responses to evaluate on after each epoch
+        held_out: without label_file: share of train_file's problems to keep for that
+        save_steps: also save every so many optimizer steps; -1: only at the end of epochs
+        log_steps: optimizer steps between lines of the log
+        activation_checkpointing: recompute blocks in the backward pass: less memory, about a third more time
+        seed: of the order of the data, the new head and adapters, and the numbers that are changed
+        dtype: auto, bf16 or fp32; bf16 keeps fp32 master weights, and the head is fp32
+        model_parallel_size: tensor-parallel ranks; -1: all processes; the rest are data-parallel replicas
+        tokenizer_file: when it is not beside the weights
+        chat_format: llama-2, mistral-v1, mistral-v3, chatml or llama-3, for a tokenizer without a template of its own
+        device: auto, cpu or cuda
+        timeout_seconds: longest wait in a collective before the run ends with an error
+    """
+    import math
+    import os
+    import time
+
+    from llama_rlhf.checkpoint import store
+    from llama_rlhf.checkpoint.export import companions_folder
+    from llama_rlhf.checkpoint.shards import load_model, save_model
+    from llama_rlhf.data import JudgedReport, batches, judged_problems, read_records, show_judged, split_problems, verifier_examples
+    from llama_rlhf.evaluation import check_vocabulary
+    from llama_rlhf.models.transformer import ValueModel
+    from llama_rlhf.parallel import groups
+    from llama_rlhf.parallel.layers import Lora
+    from llama_rlhf.reward import JointModel, choose_loss, count, count_judgements, evaluate_verifier, measure_score, objective, show_verifier
+    from llama_rlhf.runlog import Average, RunLog, peak_memory_gb
+    from llama_rlhf.tokenizer import load_tokenizer
+    from llama_rlhf.trainer import Trainer
+
+    groups.initialize(model_parallel_size, timeout_seconds=timeout_seconds, device=device)
+    ckpt_dir = store.resolve(ckpt_dir)
+    with groups.together("checking the arguments and the data"):
+        if lora_rank == 0 or lora_rank < -1:
+            raise ValueError(f"--lora_rank {lora_rank}: use -1 to train all weights, or a rank such as 16")
+        if min(max_batch_size, accumulation_steps, epochs, log_steps) < 1:
+            raise ValueError("--max_batch_size, --accumulation_steps, --epochs and --log_steps must be at least 1")
+        if max_steps != -1 and max_steps < 1:
+            raise ValueError(f"--max_steps {max_steps}: use -1 for no limit, or at least 1")
+        if lr != -1 and lr <= 0 or not 0 <= warmup_ratio <= 1 or not 0 <= held_out < 1:
+            raise ValueError(f"--lr {lr} must be positive (or -1 for the default), --warmup_ratio {warmup_ratio} and --held_out {held_out} "
+                             "between 0 and 1")
+        if min(margin, centre, lm_loss_weight) < 0:
+            raise ValueError("--margin, --centre and --lm_loss_weight cannot be negative")
+        if dtype == "fp16":
+            raise ValueError("--dtype fp16: training needs loss scaling, which is not here yet; small gradients would vanish. Use bf16 or fp32.")
+        companions = companions_folder(tokenizer_file) or ckpt_dir
+        if saves := store.existing_saves(save_dir):
+            raise ValueError(f"--save_dir {save_dir} already holds {', '.join(saves[:3])} of another run. Choose another folder.")
+        tokenizer = load_tokenizer(tokenizer_file or ckpt_dir, chat_format=chat_format)
+        kind, problems = judged_problems(read_records(train_file), seed=seed)
+        loss = choose_loss(loss, kind, train_file, margin=margin, centre=centre, lm_loss_weight=lm_loss_weight)
+        problems, held = split_problems(problems, 0.0 if label_file else held_out, seed)
+        if label_file:
+            held_kind, held = judged_problems(read_records(label_file), seed=seed)
+            choose_loss(loss, held_kind, label_file)
+        report, held_report = JudgedReport(), JudgedReport()
+        options = dict(loss=loss, max_seq_len=max_seq_len, use_chat_template=use_chat_template, system_prompt=system_prompt)
+        examples = verifier_examples(problems, tokenizer, equal_problems=equal_problems, report=report, **options)
+        held = verifier_examples(held, tokenizer, report=held_report, **options)
+        for file, rows, counts in ((train_file, examples, report), (label_file, held, held_report)):
+            if file and not rows:
+                raise ValueError(f"{file}: nothing is left to learn from ({counts})")
+    log_dir = log_dir or os.path.join(save_dir, "log")
+    store.check_writable(save_dir)
+    store.check_writable(log_dir)
+    lora = Lora(lora_rank, lora_alpha) if lora_rank > 0 else None
+    model = load_model(ckpt_dir, JointModel if lm_loss_weight else ValueModel, lora=lora, dtype=groups.default_dtype(dtype),
+                       model_type=model_type, seed=seed)
+    model.checkpoint_blocks = activation_checkpointing
+    n_bytes = sum(groups.gather_objects(sum(p.nbytes for p in model.parameters()) if groups.dp_rank() == 0 else 0))
+    with groups.together(f"checking the space in {save_dir}"):
+        store.check_free_space(save_dir, n_bytes)       # for the first save: better now than after an epoch
+    with groups.together("checking the data against the model"):
+        check_vocabulary(tokenizer, model, ckpt_dir)
+        if max_seq_len > model.config.max_seq_len:
+            raise ValueError(f"--max_seq_len {max_seq_len} is more than the model's {model.config.max_seq_len}")
+
+    def epoch_of_micro_batches(epoch):
+        micro = batches(examples, max_batch_size=max_batch_size, max_batch_tokens=None if max_batch_tokens == -1 else max_batch_tokens,
+                        seed=seed, epoch=epoch, dp_rank=groups.dp_rank(), dp_size=groups.dp_size())
+        return [micro[i:i + accumulation_steps] for i in range(0, len(micro), accumulation_steps)]
+
+    steps_planned = sum(len(epoch_of_micro_batches(epoch)) for epoch in range(epochs))
+    total_steps = steps_planned if max_steps == -1 else min(steps_planned, max_steps)
+    trainer = Trainer(model, lr=lr if lr > 0 else (1e-5 if lora is None else 2e-4), total_steps=total_steps, schedule=lr_schedule,
+                      warmup_steps=math.ceil(warmup_ratio * total_steps), weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+    run_log = RunLog(log_dir, total=total_steps)
+    if kind == "solutions":
+        run_log.write(f"{train_file} holds right solutions only. Wrong ones were made by changing the answer and other numbers: a verifier can "
+                      "learn from them to check arithmetic. For a policy's own mistakes, give the samples.jsonl of solver_evaluate.py.")
+    run_log.write(f"{train_file}, {kind}, loss {loss}: {report}\nheld out, {label_file or train_file}: {held_report}\n{trainer.describe()}\n"
+                  f"{groups.tp_size()} tensor-parallel x {groups.dp_size()} data-parallel ranks, {model.dtype}, {total_steps} steps\n"
+                  f"first example, judged part in brackets: {show_judged(examples[0], tokenizer)}")
+    since, step, judged = Average(), 0, [0.0, 0]     # judged: rightly, in all, on this replica since the last line
+
+    def loss_sum(indices):
+        rows = [examples[i] for i in indices]
+        value, right = objective(model, rows, loss=loss, margin=margin, centre=centre, lm_loss_weight=lm_loss_weight)
+        judged[0], judged[1] = judged[0] + right, judged[1] + count_judgements(rows, loss)
+        return value
+
+    def save(name, epoch):
+        model.score = measure_score(model, examples, loss)
+        output, model.output = getattr(model, "output", None), None     # a reward model has no language-model head
+        save_model(model, os.path.join(save_dir, name), companions=companions, step=trainer.n_steps, epoch=epoch, score=model.score)
+        model.output = output
+        run_log.write(f"saved {os.path.join(save_dir, name)}")
+
+    for epoch in range(epochs):
+        of_epoch, steps = Average(), epoch_of_micro_batches(epoch)
+        for micro_batches in steps[:total_steps - step]:
+            started = time.perf_counter()
+            result = trainer.step(micro_batches, loss_sum, lambda indices: count([examples[i] for i in indices], loss))
+            seconds, step = time.perf_counter() - started, step + 1
+            n_tokens = sum(len(examples[i].tokens) for indices in micro_batches for i in indices) * groups.dp_size()
+            for average in (since, of_epoch):
+                average.add(result, n_tokens, seconds)
+            run_log.advance(loss=f"{since.loss:.3f}", tok_s=f"{since.tokens_per_second:.0f}")
+            if step % log_steps == 0 or step == total_steps:
+                right, n_judged = map(sum, zip(*groups.gather_objects((float(judged[0]), judged[1]))))
+                accuracy, judged[:] = right / max(1, n_judged), (0.0, 0)
+                run_log.record("train", step=step, epoch=epoch + 1, loss=since.loss, accuracy=accuracy, lr=result.lr, grad_norm=result.grad_norm,
+                               tokens_per_second=since.tokens_per_second, skipped=trainer.skipped_steps, peak_memory_gb=peak_memory_gb())
+                run_log.write(f"step {step}/{total_steps}  loss {since.loss:.4f}  accuracy {accuracy:.1%}  lr {result.lr:.2e}  "
+                              f"grad_norm {result.grad_norm:.2f}  {since.tokens_per_second:.0f} tok/s  {peak_memory_gb():.2f} GB")
+                since = Average()
+            if save_steps > 0 and step % save_steps == 0 and step < total_steps:
+                save(f"step-{step}", epoch)
+        finished_epoch = len(steps) <= total_steps - (step - of_epoch.n_steps)
+        run_log.write(f"epoch {epoch + 1}: average loss {of_epoch.loss:.4f}")
+        run_log.record("epoch", step=step, epoch=epoch + 1, loss=of_epoch.loss)
+        save(f"epoch-{epoch + 1}" if finished_epoch else f"step-{step}", epoch + 1 if finished_epoch else epoch)
+        if held:
+            metrics = evaluate_verifier(model, held, model.score)
+            run_log.write(show_verifier(metrics))
+            run_log.record("evaluation", step=step, epoch=epoch + 1, **metrics)
+        if step >= total_steps:
+            break
+    run_log.close()
+    groups.shutdown()
+
+
+if __name__ == "__main__":
+    run(main)
