@@ -80,7 +80,9 @@ def main(
         raise ValueError("give either --ckpt_dir, the model to evaluate, or --samples_file with answers it gave "
                          "(or --compare A,B with two log_dirs)")
     if (samples_file or against) and not verifier_ckpt_dir:
-        raise ValueError(f"--{'samples_file' if samples_file else 'against'} needs --verifier_ckpt_dir: a reward model that chooses among the answers")
+        raise ValueError(f"--{'samples_file' if samples_file else 'against'} needs --verifier_ckpt_dir: a reward model to choose among the answers")
+    if samples_file and perplexity:
+        raise ValueError("--perplexity needs the model itself, --ckpt_dir, not --samples_file")
     if verifier_ckpt_dir and not samples_file and num_samples_per_prompt < 2:
         raise ValueError("--verifier_ckpt_dir chooses among several answers: add --num_samples_per_prompt 8")
     import os

@@ -182,6 +182,12 @@ def encode_prompt(tokenizer, prompt, *, use_chat_template=False, system_prompt=N
     return tokenizer.chat(messages)
 
 
+def encode_response(tokenizer, prompt_ids, text, finished, max_seq_len):
+    """(token ids of prompt and response, whether the end was cut off). Only a finished response ends with the eos."""
+    tokens = prompt_ids + tokenizer.encode(text, eos=finished)
+    return tokens[:max_seq_len], len(tokens) > max_seq_len
+
+
 def sft_examples(
     records, tokenizer, *, max_seq_len, use_chat_template=False, train_on_prompt=False, system_prompt=None, report=None
 ):
@@ -208,9 +214,8 @@ def sft_examples(
                 report.dropped += 1
                 report.long_prompts.append(id)
                 continue
-            tokens = prompt_ids + tokenizer.encode(answer, eos=True)
-            report.truncated += len(tokens) > max_seq_len
-            tokens = tokens[:max_seq_len]
+            tokens, cut = encode_response(tokenizer, prompt_ids, answer, True, max_seq_len)
+            report.truncated += cut
             # The first token of all has nothing to be predicted from, so it is never trained on.
             example = Example(tokens, 1 if train_on_prompt else len(prompt_ids), id)
             examples.append(example)
@@ -501,12 +506,6 @@ def show_judged(example, tokenizer):
     if example.pairs:
         shown = [(example.responses[place], side) for place, side in zip(example.pairs[0], ("better", "worse"))]
     return "\n".join(f"{side}: {show_example(Example(tokens, example.prompt_len, example.id), tokenizer)}" for tokens, side in shown)
-
-
-def encode_response(tokenizer, prompt_ids, text, finished, max_seq_len):
-    """(token ids of prompt and response, whether the end was cut off). Only a finished response ends with the eos."""
-    tokens = prompt_ids + tokenizer.encode(text, eos=finished)
-    return tokens[:max_seq_len], len(tokens) > max_seq_len
 
 
 # -- order ------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def test_wrong_records_name_file_number_and_field(record, message):
     ({"instruction": "a", "label": 1}, r'record 1: missing "output" \(keys: instruction, label\). Expected {"instruction", "output", "label"'),
     ({"instruction": "a", "output": "x", "label": 1, "finished": 1}, '"finished" must be true or false, found a number'),
     ({"instruction": "a", "responses": ["x"]}, "needs at least 2 entries"),
-    ({"instruction": "a", "responses": ["x", "y"], "scores": [1]}, '"responses" needs at least 2 entries and "scores" as many: 2 responses, 1 scores'),
+    ({"instruction": "a", "responses": ["x", "y"], "scores": [1]}, '"responses" needs at least 2 entries.*2 responses, 1 scores'),
     ({"instruction": "a", "responses": ["x", "y"], "scores": [1, float("nan")]}, '"scores" must hold finite numbers, found NaN'),
     ({"instruction": "a", "responses": ["x", "y"], "scores": 1}, "2 responses, a number"),
 ])
@@ -226,7 +226,22 @@ def test_every_response_token_predicts_the_label(loss, world_of_one, tmp_path):
     assert only_wrong.isfinite()
 
 
-def train(folder, kind, splits, tp, lora_rank):
+KINDS = [("pairwise", -1), ("pairwise", 3), ("mse", -1), ("bce+lm", -1), ("bce+lm", 3)]
+
+
+def train_all(folder, tp, order, micro_batch):
+    """What `train` returns for all of KINDS, on the examples in this order."""
+    from llama_rlhf.parallel import groups
+    groups.initialize(tp, device="cpu")
+    results = []
+    for kind, lora_rank in KINDS:
+        places = list(range(len(PAIRED if kind == "pairwise" else LABELLED)))[::order]
+        results.append(train(folder, kind, [places[i:i + micro_batch] for i in range(0, len(places), micro_batch)], lora_rank))
+    groups.shutdown()
+    return results
+
+
+def train(folder, kind, splits, lora_rank):
     """3 steps of AdamW: {native: (owned part, cut dimension)} of first gradients and last weights, losses, norms, score."""
     from llama_rlhf.checkpoint.shards import load_model
     from llama_rlhf.models.transformer import ValueModel
@@ -234,7 +249,6 @@ def train(folder, kind, splits, tp, lora_rank):
     from llama_rlhf.parallel.layers import Lora, piece_of, walk
     from llama_rlhf.reward import JointModel, count, measure_score, objective
     from llama_rlhf.trainer import Trainer
-    groups.initialize(tp, device="cpu")
     examples, loss = (PAIRED, "pairwise") if kind == "pairwise" else (LABELLED, kind.split("+")[0])
     options = dict(loss=loss, lm_loss_weight=0.5 if "+" in kind else 0.0, margin=0.1, centre=0.02)
     model = load_model(folder, JointModel if "+" in kind else ValueModel, lora=Lora(lora_rank, 8.0) if lora_rank > 0 else None, seed=3)
@@ -244,32 +258,31 @@ def train(folder, kind, splits, tp, lora_rank):
                               if p.requires_grad for native, piece in pieces}
     update = trainer._update
     trainer._update = lambda lr, clip: (first or first.update(parts(trainer.gradient_of)), update(lr, clip))
-    mine = [[i for i in batch[groups.dp_rank()::groups.dp_size()]] for batch in splits]
+    mine = [batch[groups.dp_rank()::groups.dp_size()] for batch in splits]
     results = [trainer.step(mine, lambda batch: objective(model, [examples[i] for i in batch], **options)[0],
                             lambda batch: count([examples[i] for i in batch], loss)) for _ in range(3)]
-    score, weights = measure_score(model, examples, loss), parts(lambda p: p.detach())
-    groups.shutdown()
-    return first, weights, [r.loss for r in results], [r.grad_norm for r in results], score
+    weights = parts(lambda p: p.detach())
+    return first, weights, [r.loss for r in results], [r.grad_norm for r in results], measure_score(model, examples, loss)
 
 
-@pytest.mark.parametrize("kind, lora_rank", [("pairwise", -1), ("pairwise", 3), ("mse", -1), ("bce+lm", -1), ("bce+lm", 3)])
-def test_loss_gradients_and_three_steps_are_the_same_at_any_layout(kind, lora_rank, tmp_path):
+def test_loss_gradients_and_three_steps_are_the_same_at_any_layout(tmp_path):
     """2 tensor-parallel ranks, 2 replicas with unequal shares, other micro-batches in another order: 1e-5 in fp32."""
     from test_training import merged
     make_hf(tmp_path, "llama")
-    n = len(PAIRED if kind == "pairwise" else LABELLED)
-    one = run_ranks(1, train, str(tmp_path), kind, [list(range(n))], 1, lora_rank)
-    assert {"value_head.weight", "value_head.bias"} <= one[0][0].keys()
-    for n_ranks, tp, splits in ((2, 2, [list(range(n))]), (2, 1, [list(range(n))]), (1, 1, [[i] for i in reversed(range(n))])):
-        many = run_ranks(n_ranks, train, str(tmp_path), kind, splits, tp, lora_rank)
-        for which in (0, 1):
-            a, b = merged(one, which), merged(many[:tp], which)
-            for native in a:
-                assert (a[native] - b[native]).abs().max() < 1e-5, (native, n_ranks, tp)
-        assert torch.allclose(torch.tensor(one[0][2]), torch.tensor(many[0][2]), atol=1e-5)
-        assert torch.allclose(torch.tensor(one[0][3]), torch.tensor(many[0][3]), rtol=1e-4)
-        assert all(output[4] == many[0][4] for output in many), "the ranks store different scales"
-        assert abs(one[0][4]["offset"] - many[0][4]["offset"]) < 1e-4 and abs(one[0][4]["scale"] - many[0][4]["scale"]) < 1e-4
+    single = run_ranks(1, train_all, str(tmp_path), 1, 1, 9)
+    for n_ranks, tp, order, micro_batch in ((2, 2, 1, 9), (2, 1, 1, 9), (1, 1, -1, 1)):
+        ranks = run_ranks(n_ranks, train_all, str(tmp_path), tp, order, micro_batch)
+        for which_kind, kind in enumerate(KINDS):
+            one, many = single[0][which_kind], [rank[which_kind] for rank in ranks]
+            for which in (0, 1):
+                a, b = merged([one], which), merged(many[:tp], which)
+                assert {"value_head.weight", "value_head.bias"} <= a.keys() and a.keys() == b.keys()
+                for native in a:
+                    assert (a[native] - b[native]).abs().max() < 1e-5, (kind, native, n_ranks, tp)
+            assert torch.allclose(torch.tensor(one[2]), torch.tensor(many[0][2]), atol=1e-5), kind
+            assert torch.allclose(torch.tensor(one[3]), torch.tensor(many[0][3]), rtol=1e-4), kind
+            assert all(output[4] == many[0][4] for output in many), "the ranks store different scales"
+            assert abs(one[4]["offset"] - many[0][4]["offset"]) < 1e-4 and abs(one[4]["scale"] - many[0][4]["scale"]) < 1e-4
 
 
 # ---- scores
@@ -508,7 +521,7 @@ def load_without_head(folder):
 def test_wrong_inputs_are_one_sentence(toy, split, tmp_path):  # noqa: F811
     pairs = tmp_path / "pairs.json"
     pairs.write_text(json.dumps([{"instruction": "a", "chosen": "b", "rejected": "c"}] * 3))
-    train = lambda **flags: first_line(verifier(1, **{"ckpt_dir": split, "save_dir": tmp_path / "never", "train_file": pairs, **flags}), 1)  # noqa: E731
+    train = lambda **flags: first_line(verifier(1, **{"ckpt_dir": split, "save_dir": tmp_path / "never", "train_file": pairs, **flags}), 1)  # noqa
     assert "--loss mse needs responses labelled right or wrong" in train(loss="mse")
     assert "--loss 'bt': use auto, pairwise, mse, bce" in train(loss="bt")
     assert "--lm_loss_weight goes with --loss mse or bce" in train(lm_loss_weight=1.0)
@@ -528,6 +541,7 @@ def test_wrong_inputs_are_one_sentence(toy, split, tmp_path):  # noqa: F811
     choose = lambda **flags: first_line(run_script(1, "solver_evaluate.py", log_dir=tmp_path / "log", **flags), 1)  # noqa: E731
     assert "give either --ckpt_dir" in choose() and "give either --ckpt_dir" in choose(ckpt_dir=split, samples_file=bad)
     assert "--samples_file needs --verifier_ckpt_dir" in choose(samples_file=bad)
+    assert "--perplexity needs" in choose(samples_file=bad, verifier_ckpt_dir=split, perplexity=True)
     assert "--against needs --verifier_ckpt_dir" in choose(ckpt_dir=split, against=tmp_path)
     assert "add --num_samples_per_prompt" in choose(ckpt_dir=split, verifier_ckpt_dir=split)
     assert 'bad.json, record 1: missing "id"' in choose(samples_file=bad, verifier_ckpt_dir=split)

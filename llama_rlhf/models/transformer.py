@@ -144,9 +144,12 @@ def alibi_bias(slopes: torch.Tensor, n: int, dtype: torch.dtype) -> torch.Tensor
     return torch.where(key <= key[:, None], (slopes[:, None, None] * key).to(dtype), -torch.inf)
 
 
+_SHORT = 64     # on a CPU a row up to this length costs less as part of a padded grid than as a call of its own
+
+
 def packed_attention(q, k, v, lengths: list[int], kv_of_query: torch.Tensor | None, window: int | None,
                      bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Causal attention inside each row. q: [T, H, D]; k, v: [T, Hkv, D] -> [T, H, D]. No padding, no mask tensor.
+    """Causal attention inside each row. q: [T, H, D]; k, v: [T, Hkv, D] -> [T, H, D]. No mask tensor.
 
     kv_of_query: [H] index of each query's kv head when the grouping is not uniform on this rank, else None.
     bias: [H, n, n] for the longest row's n, added to the scores; it holds the causal mask (ALiBi).
@@ -155,7 +158,7 @@ def packed_attention(q, k, v, lengths: list[int], kv_of_query: torch.Tensor | No
         k, v = k[:, kv_of_query], v[:, kv_of_query]
     q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)     # [H, T, D]
     grouped = q.shape[0] != k.shape[0]
-    if len(lengths) > 1 and q.is_cuda:
+    if len(lengths) > 1 and (q.is_cuda or max(lengths) <= _SHORT):
         return _padded_attention(q, k, v, lengths, grouped, window, bias)
     out, start = [], 0
     for n in lengths:

@@ -1,0 +1,200 @@
+"""Seconds of a PPO iteration by phase: ours, TRL's PPOTrainer, and the limit; same model, prompts, lengths and epochs.
+
+    python benchmarks/ppo.py --model DIR --peer_python /path/to/venv/bin/python      # a venv with trl==0.24.0, transformers==4.57.1
+
+DIR: a Hugging Face folder, e.g. made by checkpoint_split.py --format hf. Both sides answer the same prompts (token ids) with
+exactly --new_tokens tokens (the end token never ends a row), hold actor, reference, critic and reward model of the same
+architecture, and make --inner_epochs passes of updates. Iterations alternate between the sides; the first of each is not counted.
+
+The limit of a phase is the work that must be done over what this machine was measured to do in the same run: matrix products
+of the forward and backward passes over the matmul rate; decoding over the time of the model's own linear layers at that batch.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+import torch.nn.functional as F
+
+from llama_rlhf.advantages import ALGORITHMS, Settings, make_advantages
+from llama_rlhf.checkpoint.shards import load_model, save_model
+from llama_rlhf.data import encode_prompt, read_records
+from llama_rlhf.losses import kl_estimate
+from llama_rlhf.models.transformer import ValueModel
+from llama_rlhf.parallel import groups
+from llama_rlhf.parallel.layers import Lora
+from llama_rlhf.ppo import UpdateSettings, update_actor, update_critic
+from llama_rlhf.roles import load_roles
+from llama_rlhf.rollout import Prompt, Reward, RolloutSettings, collect
+from llama_rlhf.runlog import Clock, peak_memory_gb
+from llama_rlhf.tokenizer import load_tokenizer
+from llama_rlhf.trainer import Trainer
+
+
+class Endless:
+    """A tokenizer no id of which ends a row."""
+
+    eos_ids = ()
+
+    def __init__(self, tokenizer):
+        self.decode = tokenizer.decode
+
+
+class Ours:
+    def __init__(self, args, prompts, folder):
+        dtype, lora = groups.default_dtype(args.dtype), Lora(args.lora_rank, 32.0) if args.lora_rank > 0 else None
+        reward_dir = os.path.join(folder, "reward")
+        save_model(load_model(args.model, ValueModel, lora=lora, dtype=dtype, seed=7), reward_dir, companions=args.model,
+                   score={"loss": "pairwise", "form": "linear", "offset": 0.0, "scale": 1.0})
+        self.roles = load_roles(actor_dir=args.model, start_dir=args.model, critic_dir=reward_dir, critic_start_dir=reward_dir, reward_dir=reward_dir,
+                                needs_reference=True, lora=lora, dtype=dtype)
+        steps = 1000 * args.inner_epochs
+        self.trainers = [Trainer(model, lr=args.lr, total_steps=steps, eps=1e-5) for model in (self.roles.actor, self.roles.critic)]
+        self.tokenizer, self.prompts = Endless(load_tokenizer(args.model)), [Prompt(i, "", p) for i, p in enumerate(prompts)]
+        self.drawing = RolloutSettings(max_new_tokens=args.new_tokens, bootstrap_truncated=True, batch_size=args.n_rows)
+        self.updating = UpdateSettings(epochs=args.inner_epochs, minibatch_size=args.n_rows, max_batch_size=args.max_batch_size,
+                                       max_new_tokens=args.new_tokens)
+        self.done = 0
+
+    def iteration(self):
+        clock = Clock()
+        rollout, _ = collect(self.roles, self.prompts, self.tokenizer, Reward(self.roles.reward), self.drawing, iteration=self.done, clock=clock)
+        k1 = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1")
+        made = make_advantages("ppo", rollout.scores, k1, rollout.mask, settings=Settings(beta=0.05), values=rollout.values)
+        with clock("update"):
+            update_critic(self.trainers[1], rollout, made, self.updating, self.done)
+            update_actor(self.trainers[0], rollout, made, ALGORITHMS["ppo"], self.updating, self.done)
+        self.done += 1
+        return {"seconds": sum(clock.seconds.values()), "generate": clock.seconds["generate"],
+                "score": clock.seconds["score"] + clock.seconds["forward"], "update": clock.seconds["update"],
+                "response_tokens": sum(rollout.response_lengths), "prompt_tokens": sum(rollout.prompt_lengths), "peak_rss_gb": peak_memory_gb()}
+
+
+class Peer:
+    """benchmarks/ppo_peer.py in its own interpreter, one iteration for each line on its standard input."""
+
+    def __init__(self, args, prompts_file):
+        self.process = subprocess.Popen(
+            [args.peer_python, os.path.join(os.path.dirname(os.path.abspath(__file__)), "ppo_peer.py"), "--model", args.model, "--prompts", prompts_file,
+             "--dtype", args.dtype, "--lora_rank", str(args.lora_rank), "--n_rows", str(args.n_rows), "--new_tokens", str(args.new_tokens),
+             "--epochs", str(args.inner_epochs), "--iterations", str(args.iterations + 1), "--threads", str(args.threads), "--wait_for_stdin", "1"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def iteration(self):
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("{") and "seconds" in (record := json.loads(line)):
+                return record
+        raise SystemExit("the peer ended; run benchmarks/ppo_peer.py with its interpreter to see why")
+
+
+def limits(model, n_rows, n_prompt, n_response, n_forwards, n_updates, lora):
+    """Seconds that the iteration's matrix products need on this machine: {"generate", "score", "update"}.
+
+    Per token a forward costs 2 FLOP per linear weight, a backward 4 (2 with adapters: no weight gradients). The head is counted at
+    response tokens only, where it is needed at all.
+    """
+    config, dtype = model.config, model.dtype
+    shapes = [tuple(m.weight.shape) for _, m in model.named_modules() if hasattr(m, "layout") and m.weight.dim() == 2 and "mbed" not in type(m).__name__]
+    body, head = sum(a * b for a, b in shapes), model.head_weight.numel()
+    body -= head if model.output is not None else 0
+    rate = matmul_rate(dtype)
+    tokens = n_prompt + n_response
+    # actor and reference look at response tokens with the head; critic and reward model have none
+    forward = lambda heads: 2 * (body * tokens + head * heads)  # noqa: E731
+    score = (2 * forward(n_response) + 2 * forward(0)) / rate
+    factor = 2 if lora else 3
+    update = n_updates * factor * (forward(n_response) + forward(0)) / rate
+    step = decode_floor([*shapes, *([tuple(model.head_weight.shape)] if model.output is None else [])], n_rows, dtype)
+    generate = forward(n_rows) * n_prompt / max(1, tokens) / rate + step * (n_response // n_rows)
+    return {"generate": generate, "score": score, "update": update, "matmul_gflops": rate / 1e9, "decode_step": step, "config": config.n_layers}
+
+
+def matmul_rate(dtype, n=2048):
+    a, b = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype)
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return 2 * n ** 3 / min(times)
+
+
+def decode_floor(shapes, n_rows, dtype):
+    """Seconds of all linear layers of one decode step, timed alone, weights not in cache."""
+    weights = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    inputs = [torch.randn(n_rows, shape[1], dtype=dtype) for shape in shapes]
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for x, w in zip(inputs, weights):
+            F.linear(x, w)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--peer_python", default="", help="interpreter of a venv with TRL; empty: only ours and the limit")
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--lora_rank", type=int, default=-1)
+    parser.add_argument("--n_rows", type=int, default=16)
+    parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--inner_epochs", type=int, default=2)
+    parser.add_argument("--max_batch_size", type=int, default=16)
+    parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--lr", type=float, default=1e-6)
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    groups.initialize(device="cpu")
+    torch.set_num_threads(args.threads)
+    tokenizer = load_tokenizer(args.model)
+    records = read_records(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "dataset", "GSM8K", "train.json"))
+    prompts = [encode_prompt(tokenizer, record["instruction"], use_chat_template=True) for record in records[:args.n_rows]]
+    with tempfile.TemporaryDirectory() as folder:
+        prompts_file = os.path.join(folder, "prompts.json")
+        with open(prompts_file, "w") as file:
+            json.dump(prompts, file)
+        sides = {"ours": Ours(args, prompts, folder)}
+        if args.peer_python:
+            sides["trl"] = Peer(args, prompts_file)
+        rows = {name: [] for name in sides}
+        for i in range(args.iterations + 1):
+            for name in list(sides) if i % 2 == 0 else list(sides)[::-1]:
+                record = sides[name].iteration()
+                print(f"{name:5} iteration {i}: " + "  ".join(f"{key} {value:.4g}" for key, value in record.items() if isinstance(value, (int, float))), flush=True)
+                if i:
+                    rows[name].append(record)
+    first = rows["ours"][0]
+    limit = limits(sides["ours"].roles.actor, args.n_rows, first["prompt_tokens"], first["response_tokens"], 4, args.inner_epochs, args.lora_rank > 0)
+    print(f"\n{args.dtype}, {'all weights' if args.lora_rank < 1 else f'LoRA {args.lora_rank}'}, {args.n_rows} prompts ({first['prompt_tokens']} tokens) x "
+          f"{args.new_tokens} new tokens, {args.inner_epochs} epochs, {args.threads} threads; matmul {limit['matmul_gflops']:.0f} GFLOP/s, "
+          f"decode step {limit['decode_step'] * 1e3:.1f} ms; medians of {args.iterations}")
+    print(f"{'':10}{'generate':>10}{'score':>10}{'update':>10}{'whole':>10}{'memory GB':>11}")
+    for name, records in rows.items():
+        middle = lambda key: statistics.median(r[key] for r in records)  # noqa: E731, B023
+        print(f"{name:10}" + "".join(f"{middle(key):10.2f}" for key in ("generate", "score", "update", "seconds")) + f"{middle('peak_rss_gb'):11.2f}")
+    whole = sum(limit[key] for key in ("generate", "score", "update"))
+    print(f"{'limit':10}" + "".join(f"{limit[key]:10.2f}" for key in ("generate", "score", "update")) + f"{whole:10.2f}")
+    print("ours runs at " + ", ".join(f"{limit[key] / statistics.median(r[key] for r in rows['ours']):.0%} of the limit in {key}"
+                                      for key in ("generate", "score", "update"))
+          + f", {whole / statistics.median(r['seconds'] for r in rows['ours']):.0%} of the whole")
+    if "trl" in rows:
+        ratios = [b["seconds"] / a["seconds"] for a, b in zip(rows["ours"], rows["trl"])]
+        print(f"TRL / ours: {statistics.median(ratios):.2f} (each pair: {', '.join(f'{r:.2f}' for r in ratios)})")
+    groups.shutdown()
+
+
+if __name__ == "__main__":
+    main()
