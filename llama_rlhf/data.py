@@ -512,19 +512,19 @@ def show_judged(example, tokenizer):
 
 
 def batches(
-    examples, *, max_batch_size, max_batch_tokens=None, seed=0, epoch=0, shuffle=True, sort_window=None, dp_rank=0,
-    dp_size=1,
+    examples, *, max_batch_size, max_batch_tokens=None, seed=0, epoch=0, shuffle=True, dp_rank=0, dp_size=1
 ):  # fmt: skip
     """The micro-batches of one epoch for one data-parallel rank: lists of indices into `examples`.
 
     Each index comes once in an epoch over all ranks, and every rank gets equally many micro-batches, an empty list
     where nothing is left, so that all take part in the same collectives. The order depends on nothing but the
-    arguments.
+    arguments; n ranks of batch size b see the same rows together as one rank of batch size n * b.
+
+    Rows are not sorted by length: they are packed, so nothing is gained, and a step of short rows alone would give
+    each of their tokens more weight than a token of long rows gets. Only the ranks' shares of a step are balanced.
 
     max_batch_tokens: limit on the tokens of a micro-batch; rows are packed, so padding does not exist
     shuffle: False keeps the order of the file
-    sort_window: rows sorted by length together, by default 64 micro-batches for each rank; larger windows balance
-    the ranks' work better and mix lengths less
     """
     if max_batch_size < 1 or not 0 <= dp_rank < dp_size:
         raise ValueError(f"cannot batch with max_batch_size={max_batch_size}, dp_rank={dp_rank}, dp_size={dp_size}")
@@ -536,22 +536,37 @@ def batches(
             f"{lengths[longest]} tokens: raise it, or lower max_seq_len"
         )
     order = list(range(len(examples)))
-    generator = random.Random(f"{seed}/{epoch}")  # a string seeds alike in every process and Python build
     if shuffle:
-        generator.shuffle(order)
-        window = sort_window or 64 * max_batch_size * dp_size
-        windows = [order[n : n + window] for n in range(0, len(order), window)]
-        order = [i for members in windows for i in sorted(members, key=lengths.__getitem__)]
-    micro_batches, n_tokens = [], 0
+        random.Random(f"{seed}/{epoch}").shuffle(order)  # a string seeds alike in every process and Python build
+    steps, rows = [], []
     for i in order:
-        full = max_batch_tokens is not None and n_tokens + lengths[i] > max_batch_tokens
-        if not micro_batches or len(micro_batches[-1]) == max_batch_size or full:
-            micro_batches.append([])
-            n_tokens = 0
-        micro_batches[-1].append(i)
-        n_tokens += lengths[i]
-    # Neighbours have similar lengths: the ranks take them side by side, and none waits long for another.
-    steps = [micro_batches[n : n + dp_size] for n in range(0, len(micro_batches), dp_size)]
-    if shuffle:
-        generator.shuffle(steps)
-    return [step[dp_rank] if dp_rank < len(step) else [] for step in steps]
+        if rows and not _fits(rows + [i], lengths, max_batch_size, max_batch_tokens, dp_size):
+            steps.append(rows)
+            rows = []
+        rows.append(i)
+    steps += [rows] if rows else []
+    return [deal(rows, lengths, dp_size)[dp_rank] for rows in steps]
+
+
+def deal(rows, lengths, n_hands):
+    """n_hands lists of the rows with about equally many tokens: the longest left goes to the hand with the fewest.
+
+    Hands differ by at most one row. One hand keeps the order given.
+    """
+    if n_hands == 1:
+        return [list(rows)]
+    hands, loads = [[] for _ in range(n_hands)], [0] * n_hands
+    for place, i in enumerate(sorted(rows, key=lambda i: (-lengths[i], i))):
+        open_hands = [h for h in range(n_hands) if len(hands[h]) == place // n_hands]
+        hand = min(open_hands, key=lambda h: (loads[h], h))
+        hands[hand].append(i)
+        loads[hand] += lengths[i]
+    return hands
+
+
+def _fits(rows, lengths, max_batch_size, max_batch_tokens, dp_size):
+    if len(rows) > max_batch_size * dp_size:
+        return False
+    if max_batch_tokens is None:
+        return True
+    return all(sum(lengths[i] for i in hand) <= max_batch_tokens for hand in deal(rows, lengths, dp_size))

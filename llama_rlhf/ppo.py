@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from llama_rlhf.advantages import Advantages, Algorithm, explained_variance
+from llama_rlhf.data import deal
 from llama_rlhf.losses import aggregation_weights, kl_estimate, policy_loss, value_loss
 from llama_rlhf.parallel import groups
 from llama_rlhf.rollout import Rollout
@@ -51,15 +52,10 @@ def minibatches(n: int, settings: UpdateSettings, iteration: int, epoch: int) ->
     return [order[i:i + settings.minibatch_size] for i in range(0, n, settings.minibatch_size)]
 
 
-def deal(rows: list[int], lengths: list[int], settings: UpdateSettings) -> list[list[int]]:
-    """This replica's micro-batches of one optimizer step: the longest row goes to the replica with the fewest tokens so far."""
-    loads, hands = [0] * groups.dp_size(), [[] for _ in range(groups.dp_size())]
-    for i in sorted(rows, key=lambda i: (-lengths[i], i)):
-        replica = loads.index(min(loads))
-        loads[replica] += lengths[i]
-        hands[replica].append(i)
+def micro_batches(rows: list[int], lengths: list[int], settings: UpdateSettings) -> list[list[int]]:
+    """This replica's share of one optimizer step, cut into micro-batches."""
     micro, filled = [], 0
-    for i in hands[groups.dp_rank()]:
+    for i in deal(rows, lengths, groups.dp_size())[groups.dp_rank()]:
         full = settings.max_batch_tokens is not None and filled + lengths[i] > settings.max_batch_tokens
         if not micro or len(micro[-1]) == settings.max_batch_size or full:
             micro.append([])
@@ -108,7 +104,7 @@ def update_critic(trainer: Trainer, rollout: Rollout, made: Advantages, settings
 
     for epoch in range(settings.epochs):
         for rows in minibatches(len(rollout), settings, iteration, epoch):
-            norms.append(trainer.step(deal(rows, total_lengths, settings), loss_sum, lambda rows: sum(lengths[i] for i in rows)))
+            norms.append(trainer.step(micro_batches(rows, total_lengths, settings), loss_sum, lambda rows: sum(lengths[i] for i in rows)))
     return {**sums.totals(("value_loss", "value_clipfrac")), **_steps("critic", norms),
             "explained_variance": explained_variance(rollout.values, made.returns, rollout.mask)}
 
@@ -146,7 +142,7 @@ def update_actor(trainer: Trainer, rollout: Rollout, made: Advantages, algorithm
     for epoch in range(settings.epochs):
         for rows in minibatches(len(rollout), settings, iteration, epoch):
             step_sums = Sums()
-            norms.append(trainer.step(deal(rows, total_lengths, settings), loss_sum, count))
+            norms.append(trainer.step(micro_batches(rows, total_lengths, settings), loss_sum, count))
             if not first:       # the weights were those of the rollout: every ratio is 1 but for rounding
                 first = {"first_ratio_gap": whole.totals((), ("ratio_gap",))["ratio_gap"]}
             if settings.target_kl is not None and step_sums.totals(("approx_kl",))["approx_kl"] > 1.5 * settings.target_kl:

@@ -197,7 +197,7 @@ def test_an_epoch_is_every_example_once_in_equal_steps(dp_size, count, shuffle):
 
 def test_too_few_examples_leave_empty_batches():
     ranks = [batches(examples_of([3, 4, 5]), max_batch_size=2, dp_rank=rank, dp_size=4) for rank in range(4)]
-    assert [len(rank) for rank in ranks] == [1] * 4 and [len(rank[0]) for rank in ranks] == [2, 1, 0, 0]
+    assert [len(rank) for rank in ranks] == [1] * 4 and [len(rank[0]) for rank in ranks] == [1, 1, 1, 0]
 
 
 def test_epoch_and_seed_change_the_order():
@@ -216,15 +216,21 @@ def test_token_limit_counts_real_tokens_of_the_rows_at_hand():
     assert got == [[0], [1, 2, 3], [4]]  # 2 + 95 + 3 fill it exactly; as a padded grid it would be 285
 
 
-def test_similar_lengths_share_batches_and_steps():
-    lengths = [37 * i % 96 + 2 for i in range(96)]  # each of 2..97 once: sorted, four neighbours pad 3 + 2 + 1
+def test_ranks_share_the_rows_of_the_larger_batch_evenly():
+    lengths = [37 * i % 96 + 2 for i in range(96)]
+    one = batches(examples_of(lengths), max_batch_size=8)
     ranks = [batches(examples_of(lengths), max_batch_size=4, dp_rank=rank, dp_size=2) for rank in (0, 1)]
-    for step in zip(*ranks):
-        widths = [max(lengths[i] for i in batch) for batch in step]
-        assert [sum(width - lengths[i] for i in batch) for width, batch in zip(widths, step)] == [6, 6]
-        assert abs(widths[0] - widths[1]) == 4
-    widths = [max(lengths[i] for i in batch) for batch in ranks[0]]
-    assert widths != sorted(widths)  # long and short steps take turns
+    for whole, *shares in zip(one, *ranks):
+        assert sorted(whole) == sorted(i for share in shares for i in share) and [len(share) for share in shares] == [4, 4]
+        tokens = [sum(lengths[i] for i in share) for share in shares]
+        assert abs(tokens[0] - tokens[1]) <= max(lengths[i] for i in whole) / 2
+
+
+def test_batches_mix_lengths():
+    """Sorted by length, a batch of short answers gave each of their tokens several times the weight of a long answer's."""
+    lengths = [7] * 200 + [35] * 100
+    shares = [sum(lengths[i] == 35 for i in batch) / len(batch) for batch in batches(examples_of(lengths), max_batch_size=30)]
+    assert all(0.1 < share < 0.6 for share in shares)
 
 
 def test_example_larger_than_the_token_limit_is_named():
