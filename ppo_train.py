@@ -63,7 +63,7 @@ def main(
     eval_batch_size: int = 64,
     save_steps: int = -1,
     keep_last: int = 2,
-    resume: bool = False,
+    resume: str = "auto",
     save_rollouts: bool = False,
     replay: str = "",
     keep_resident: str = "auto",
@@ -141,7 +141,7 @@ def main(
         eval_batch_size: rows decoded together in them
         save_steps: iterations between saves; -1: only at the end
         keep_last: saves to keep, besides the one best in evaluation; -1: all
-        resume: continue from the newest save in actor_save_dir
+        resume: auto continues the run that actor_save_dir holds, exactly, if the settings are the same; never refuses such a folder
         save_rollouts: write every buffer to log_dir/rollout-N.pt
         replay: a rollout-N.pt: one update from it instead of new responses, then save and stop
         keep_resident: auto, always or never: on CUDA, whether idle models stay on the device
@@ -236,22 +236,9 @@ def main(
     log_dir = log_dir or os.path.join(actor_save_dir, "log")
     for folder in (actor_save_dir, log_dir, *((critic_save_dir,) if row.uses_critic else ())):
         store.check_writable(folder)
-    with groups.together("looking for earlier saves"):
-        start, actor_start, critic_start, state = 0, actor_ckpt_dir, critic_ckpt_dir, {}
-        saves, critic_saves = store.complete_saves(actor_save_dir), store.complete_saves(critic_save_dir)
-        common = [n for n in saves if n in critic_saves or not row.uses_critic]
-        if resume and common:
-            start = max(common)
-            actor_start, critic_start = saves[start], critic_saves.get(start, "")
-            state = store.read_manifest(actor_start)["ppo"]
-            harmless = {"resume", "log_dir", "timeout_seconds", "save_steps", "keep_last", "save_rollouts", "eval_steps", "keep_resident"}
-            changed = [f"--{key} {cli.resolved[key]} (was {state['arguments'].get(key)})" for key in cli.resolved
-                       if key not in harmless and cli.resolved[key] != state["arguments"].get(key)]
-            if changed:
-                raise ValueError(f"--resume: {actor_start} was made with other settings: {', '.join(changed)}")
-        elif saves and not resume:
-            raise ValueError(f"--actor_save_dir {actor_save_dir} already holds {', '.join(os.path.basename(s) for s in saves.values())} of another run. "
-                             "Add --resume to continue it, or choose another folder.")
+    starts, earlier = store.find_start([actor_save_dir, *((critic_save_dir,) if row.uses_critic else ())], cli.resolved, resume)
+    start, state = earlier.get("step", 0), earlier.get("run", {})
+    actor_start, critic_start = starts[0] or actor_ckpt_dir, starts[-1] or critic_ckpt_dir
 
     lora = Lora(lora_rank, lora_alpha) if lora_rank > 0 else None
     train_dtype = groups.default_dtype(dtype)
@@ -323,12 +310,12 @@ def main(
         return metrics["accuracy"]
 
     def save(step):
-        ppo_state = {"kl": kl.state(), "moments": moments.state(), "ema": ema.state(), "best": best, "arguments": cli.resolved}
+        run_state = {"kl": kl.state(), "moments": moments.state(), "ema": ema.state(), "best": best, "arguments": cli.resolved}
         if critic is not None:
             with roles.using(critic, trainer=critic_trainer):
                 save_model(critic, os.path.join(critic_save_dir, f"step-{step}"), companions=companions, trainer=critic_trainer, step=step)
         with roles.using(actor, trainer=actor_trainer):
-            save_model(actor, os.path.join(actor_save_dir, f"step-{step}"), companions=companions, trainer=actor_trainer, step=step, ppo=ppo_state)
+            save_model(actor, os.path.join(actor_save_dir, f"step-{step}"), companions=companions, trainer=actor_trainer, step=step, run=run_state)
         for folder in (actor_save_dir, critic_save_dir):
             store.keep_newest(folder, keep_last, {best["step"]})
         run_log.write(f"saved {os.path.join(actor_save_dir, f'step-{step}')}")

@@ -31,6 +31,7 @@ def main(
     eval_batch_size: int = 64,
     max_new_tokens: int = 256,
     save_steps: int = -1,
+    resume: str = "auto",
     log_steps: int = 10,
     activation_checkpointing: bool = False,
     seed: int = 0,
@@ -47,7 +48,7 @@ def main(
 
     Args:
         ckpt_dir: the model: a folder of consolidated.NN.pth, a Hugging Face folder, a single weight file, an earlier save
-        save_dir: where epoch-N and step-N folders go; must not hold those of another run
+        save_dir: where epoch-N and step-N folders go
         train_file: json list or jsonl of {"instruction", "output"} (or question/answer, query/response, chat messages)
         log_dir: default: save_dir/log
         model_type: a preset such as llama-2-7b, needed only when the checkpoint has no config of its own
@@ -72,6 +73,7 @@ def main(
         eval_batch_size: rows decoded together in that evaluation
         max_new_tokens: longest answer in that evaluation
         save_steps: also save every so many optimizer steps; -1: only at the end of epochs
+        resume: auto continues the run that save_dir holds, exactly, if the settings are the same; never refuses such a folder
         log_steps: optimizer steps between lines of the log
         activation_checkpointing: recompute blocks in the backward pass: less memory, about a third more time
         seed: of the order of the data and new adapters
@@ -86,9 +88,10 @@ def main(
     import os
     import time
 
+    from llama_rlhf import cli
     from llama_rlhf.checkpoint import store
     from llama_rlhf.checkpoint.export import companions_folder
-    from llama_rlhf.checkpoint.shards import load_model, save_model
+    from llama_rlhf.checkpoint.shards import load_model, load_training_state, save_model
     from llama_rlhf.data import DataReport, batches, read_records, sft_examples, show_example
     from llama_rlhf.evaluation import check_vocabulary, encode_problems, evaluate, show
     from llama_rlhf.parallel import groups
@@ -112,8 +115,6 @@ def main(
         if dtype == "fp16":
             raise ValueError("--dtype fp16: training needs loss scaling, which is not here yet; small gradients would vanish. Use bf16 or fp32.")
         companions = companions_folder(tokenizer_file) or ckpt_dir
-        if saves := store.existing_saves(save_dir):
-            raise ValueError(f"--save_dir {save_dir} already holds {', '.join(saves[:3])} of another run. Choose another folder.")
         tokenizer = load_tokenizer(tokenizer_file or ckpt_dir, chat_format=chat_format)
         report = DataReport()
         examples = sft_examples(read_records(train_file), tokenizer, max_seq_len=max_seq_len, train_on_prompt=train_on_prompt,
@@ -125,8 +126,9 @@ def main(
     log_dir = log_dir or os.path.join(save_dir, "log")
     store.check_writable(save_dir)
     store.check_writable(log_dir)
+    (start,), earlier = store.find_start([save_dir], cli.resolved, resume)
     lora = Lora(lora_rank, lora_alpha) if lora_rank > 0 else None
-    model = load_model(ckpt_dir, lora=lora, dtype=groups.default_dtype(dtype), model_type=model_type, seed=seed)
+    model = load_model(start or ckpt_dir, lora=lora, dtype=groups.default_dtype(dtype), model_type=model_type, seed=seed)
     model.checkpoint_blocks = activation_checkpointing
     n_bytes = sum(groups.gather_objects(sum(p.nbytes for p in model.parameters()) if groups.dp_rank() == 0 else 0))
     with groups.together(f"checking the space in {save_dir}"):
@@ -158,14 +160,23 @@ def main(
         return sum(len(examples[i].tokens) - examples[i].prompt_len for i in indices)
 
     def save(name, epoch):
-        save_model(model, os.path.join(save_dir, name), companions=companions,
-                   step=trainer.n_steps, epoch=epoch)
+        save_model(model, os.path.join(save_dir, name), companions=companions, trainer=trainer, step=step, epoch=epoch,
+                   run={"arguments": cli.resolved, "since": since.state(), "of_epoch": of_epoch.state()})
         run_log.write(f"saved {os.path.join(save_dir, name)}")
 
-    step, since = 0, Average()
+    step, since, of_epoch, seen = 0, Average(), Average(), 0
+    if start:
+        load_training_state(trainer, start)
+        step, since, of_epoch = earlier["step"], Average(**earlier["run"]["since"]), Average(**earlier["run"]["of_epoch"])
+        run_log.advance(step)
+        run_log.write(f"continuing {start}, after step {step}")
     for epoch in range(epochs):
-        of_epoch, n_batches = Average(), epoch_of_micro_batches(epoch)
-        for micro_batches in n_batches[:total_steps - step]:
+        n_batches = epoch_of_micro_batches(epoch)
+        first, seen = seen, seen + len(n_batches)       # step numbers of this epoch
+        if step >= min(seen, total_steps):
+            continue
+        of_epoch = of_epoch if step > first else Average()
+        for micro_batches in n_batches[step - first:total_steps - first]:
             started = time.perf_counter()
             result = trainer.step(micro_batches, loss_sum, count)
             seconds, step = time.perf_counter() - started, step + 1
@@ -182,7 +193,7 @@ def main(
                 since = Average()
             if save_steps > 0 and step % save_steps == 0 and step < total_steps:
                 save(f"step-{step}", epoch)
-        finished_epoch = len(n_batches) <= total_steps - (step - of_epoch.n_steps)
+        finished_epoch = step == seen
         run_log.write(f"epoch {epoch + 1}: average loss {of_epoch.loss:.4f}, perplexity {of_epoch.perplexity:.3f} over {of_epoch.n_loss_tokens} tokens")
         run_log.record("epoch", step=step, epoch=epoch + 1, loss=of_epoch.loss, perplexity=of_epoch.perplexity)
         save(f"epoch-{epoch + 1}" if finished_epoch else f"step-{step}", epoch + 1 if finished_epoch else epoch)

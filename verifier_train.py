@@ -33,6 +33,7 @@ def main(
     label_file: str = "",
     held_out: float = 0.05,
     save_steps: int = -1,
+    resume: str = "auto",
     log_steps: int = 10,
     activation_checkpointing: bool = False,
     seed: int = 0,
@@ -79,6 +80,7 @@ def main(
         label_file: judged responses to evaluate on after each epoch
         held_out: without label_file: share of train_file's problems to keep for that
         save_steps: also save every so many optimizer steps; -1: only at the end of epochs
+        resume: auto continues the run that save_dir holds, exactly, if the settings are the same; never refuses such a folder
         log_steps: optimizer steps between lines of the log
         activation_checkpointing: recompute blocks in the backward pass: less memory, about a third more time
         seed: of the order of the data, the new head and adapters, and the numbers that are changed
@@ -93,9 +95,10 @@ def main(
     import os
     import time
 
+    from llama_rlhf import cli
     from llama_rlhf.checkpoint import store
     from llama_rlhf.checkpoint.export import companions_folder
-    from llama_rlhf.checkpoint.shards import load_model, save_model
+    from llama_rlhf.checkpoint.shards import load_model, load_training_state, save_model
     from llama_rlhf.data import JudgedReport, batches, judged_problems, read_records, show_judged, split_problems, verifier_examples
     from llama_rlhf.evaluation import check_vocabulary
     from llama_rlhf.models.transformer import ValueModel
@@ -123,8 +126,6 @@ def main(
         if dtype == "fp16":
             raise ValueError("--dtype fp16: training needs loss scaling, which is not here yet; small gradients would vanish. Use bf16 or fp32.")
         companions = companions_folder(tokenizer_file) or ckpt_dir
-        if saves := store.existing_saves(save_dir):
-            raise ValueError(f"--save_dir {save_dir} already holds {', '.join(saves[:3])} of another run. Choose another folder.")
         tokenizer = load_tokenizer(tokenizer_file or ckpt_dir, chat_format=chat_format)
         kind, problems = judged_problems(read_records(train_file), seed=seed)
         loss = choose_loss(loss, kind, train_file, margin=margin, centre=centre, lm_loss_weight=lm_loss_weight)
@@ -142,8 +143,9 @@ def main(
     log_dir = log_dir or os.path.join(save_dir, "log")
     store.check_writable(save_dir)
     store.check_writable(log_dir)
+    (start,), earlier = store.find_start([save_dir], cli.resolved, resume)
     lora = Lora(lora_rank, lora_alpha) if lora_rank > 0 else None
-    model = load_model(ckpt_dir, JointModel if lm_loss_weight else ValueModel, lora=lora, dtype=groups.default_dtype(dtype),
+    model = load_model(start or ckpt_dir, JointModel if lm_loss_weight else ValueModel, lora=lora, dtype=groups.default_dtype(dtype),
                        model_type=model_type, seed=seed)
     model.checkpoint_blocks = activation_checkpointing
     n_bytes = sum(groups.gather_objects(sum(p.nbytes for p in model.parameters()) if groups.dp_rank() == 0 else 0))
@@ -181,13 +183,24 @@ def main(
     def save(name, epoch):
         model.score = measure_score(model, examples, loss)
         output, model.output = getattr(model, "output", None), None     # a reward model has no language-model head
-        save_model(model, os.path.join(save_dir, name), companions=companions, step=trainer.n_steps, epoch=epoch, score=model.score)
+        save_model(model, os.path.join(save_dir, name), companions=companions, trainer=trainer, step=step, epoch=epoch, score=model.score,
+                   run={"arguments": cli.resolved, "since": since.state(), "of_epoch": of_epoch.state()})
         model.output = output
         run_log.write(f"saved {os.path.join(save_dir, name)}")
 
+    of_epoch, seen = Average(), 0
+    if start:
+        load_training_state(trainer, start)
+        step, since, of_epoch = earlier["step"], Average(**earlier["run"]["since"]), Average(**earlier["run"]["of_epoch"])
+        run_log.advance(step)
+        run_log.write(f"continuing {start}, after step {step}")
     for epoch in range(epochs):
-        of_epoch, steps = Average(), epoch_of_micro_batches(epoch)
-        for micro_batches in steps[:total_steps - step]:
+        steps = epoch_of_micro_batches(epoch)
+        first, seen = seen, seen + len(steps)       # step numbers of this epoch
+        if step >= min(seen, total_steps):
+            continue
+        of_epoch = of_epoch if step > first else Average()
+        for micro_batches in steps[step - first:total_steps - first]:
             started = time.perf_counter()
             result = trainer.step(micro_batches, loss_sum, lambda indices: count([examples[i] for i in indices], loss))
             seconds, step = time.perf_counter() - started, step + 1
@@ -205,7 +218,7 @@ def main(
                 since = Average()
             if save_steps > 0 and step % save_steps == 0 and step < total_steps:
                 save(f"step-{step}", epoch)
-        finished_epoch = len(steps) <= total_steps - (step - of_epoch.n_steps)
+        finished_epoch = step == seen
         run_log.write(f"epoch {epoch + 1}: average loss {of_epoch.loss:.4f}")
         run_log.record("epoch", step=step, epoch=epoch + 1, loss=of_epoch.loss)
         save(f"epoch-{epoch + 1}" if finished_epoch else f"step-{step}", epoch + 1 if finished_epoch else epoch)

@@ -4,7 +4,8 @@
 
 DIR: a Hugging Face folder, e.g. made by checkpoint_split.py --format hf. Both sides answer the same prompts (token ids) with
 exactly --new_tokens tokens (the end token never ends a row), hold actor, reference, critic and reward model of the same
-architecture, and make --inner_epochs passes of updates. Iterations alternate between the sides; the first of each is not counted.
+architecture (with --lora_rank adapters on actor and critic), and make --inner_epochs passes of updates, one optimizer step each.
+TRL takes the generator's log-probabilities as the old ones; we compute them again, a forward pass more. Iterations alternate between the sides; the first of each is not counted.
 
 The limit of a phase is the work that must be done over what this machine was measured to do in the same run: matrix products
 of the forward and backward passes over the matmul rate; decoding over the time of the model's own linear layers at that batch.
@@ -36,7 +37,7 @@ from llama_rlhf.roles import load_roles
 from llama_rlhf.rollout import Prompt, Reward, RolloutSettings, collect
 from llama_rlhf.runlog import Clock, peak_memory_gb
 from llama_rlhf.tokenizer import load_tokenizer
-from llama_rlhf.trainer import Trainer
+from llama_rlhf.trainer import Trainer, response_logprobs
 
 
 class Endless:
@@ -85,7 +86,8 @@ class Peer:
         self.process = subprocess.Popen(
             [args.peer_python, os.path.join(os.path.dirname(os.path.abspath(__file__)), "ppo_peer.py"), "--model", args.model, "--prompts", prompts_file,
              "--dtype", args.dtype, "--lora_rank", str(args.lora_rank), "--n_rows", str(args.n_rows), "--new_tokens", str(args.new_tokens),
-             "--epochs", str(args.inner_epochs), "--iterations", str(args.iterations + 1), "--threads", str(args.threads), "--wait_for_stdin", "1"],
+             "--epochs", str(args.inner_epochs), "--iterations", str(args.iterations + 1), "--threads", str(args.threads), "--wait_for_stdin", "1", "--value_lora", "1",
+             "--micro_batch", str(args.peer_micro_batch), "--attention", "eager" if args.dtype == "bf16" else "sdpa", "--dump", args.dump],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def iteration(self):
@@ -95,6 +97,18 @@ class Peer:
             if line.startswith("{") and "seconds" in (record := json.loads(line)):
                 return record
         raise SystemExit("the peer ended; run benchmarks/ppo_peer.py with its interpreter to see why")
+
+
+def compare(ours, dump_file):
+    """The reference's log-probabilities of the peer's first responses, by both sides."""
+    with open(dump_file) as file:
+        dump = json.load(file)
+    theirs = torch.tensor(dump["reference_logprobs"])
+    prompts = [len(row) - theirs.shape[1] for row in dump["sequences"]]
+    with torch.no_grad():
+        mine = response_logprobs(ours.roles.reference, dump["sequences"], prompts).view_as(theirs)
+    print(f"outputs compared: reference log-probabilities of {theirs.numel()} tokens differ by at most {(mine - theirs).abs().max():.1e}, "
+          f"mean {(mine - theirs).abs().mean():.1e}", flush=True)
 
 
 def limits(model, n_rows, n_prompt, n_response, n_forwards, n_updates, lora):
@@ -152,6 +166,7 @@ def main():
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--inner_epochs", type=int, default=2)
     parser.add_argument("--max_batch_size", type=int, default=16)
+    parser.add_argument("--peer_micro_batch", type=int, default=4, help="TRL's time is flat from 4 to 16, its memory is not")
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--lr", type=float, default=1e-6)
@@ -163,7 +178,7 @@ def main():
     records = read_records(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "dataset", "GSM8K", "train.json"))
     prompts = [encode_prompt(tokenizer, record["instruction"], use_chat_template=True) for record in records[:args.n_rows]]
     with tempfile.TemporaryDirectory() as folder:
-        prompts_file = os.path.join(folder, "prompts.json")
+        prompts_file, args.dump = os.path.join(folder, "prompts.json"), os.path.join(folder, "dump.json")
         with open(prompts_file, "w") as file:
             json.dump(prompts, file)
         sides = {"ours": Ours(args, prompts, folder)}
@@ -176,6 +191,8 @@ def main():
                 print(f"{name:5} iteration {i}: " + "  ".join(f"{key} {value:.4g}" for key, value in record.items() if isinstance(value, (int, float))), flush=True)
                 if i:
                     rows[name].append(record)
+                elif name == "trl":
+                    compare(sides["ours"], args.dump)
     first = rows["ours"][0]
     limit = limits(sides["ours"].roles.actor, args.n_rows, first["prompt_tokens"], first["response_tokens"], 4, args.inner_epochs, args.lora_rank > 0)
     print(f"\n{args.dtype}, {'all weights' if args.lora_rank < 1 else f'LoRA {args.lora_rank}'}, {args.n_rows} prompts ({first['prompt_tokens']} tokens) x "

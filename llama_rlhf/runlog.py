@@ -86,11 +86,14 @@ class Clock:
 class Average:
     """Token-weighted mean loss, and real tokens per second, since it was made."""
 
-    def __init__(self):
-        self.loss_sum, self.n_loss_tokens, self.n_tokens, self.seconds, self.n_steps = 0.0, 0, 0, 0.0, 0
+    def __init__(self, loss_sum: float = 0.0, n_loss_tokens: int = 0):
+        self.loss_sum, self.n_loss_tokens, self.n_tokens, self.seconds = loss_sum, n_loss_tokens, 0, 0.0
+
+    def state(self) -> dict:
+        """For a later `Average(**state)`: the loss, not the times."""
+        return {"loss_sum": self.loss_sum, "n_loss_tokens": self.n_loss_tokens}
 
     def add(self, result, n_tokens, seconds):
-        self.n_steps += 1
         self.n_tokens, self.seconds = self.n_tokens + n_tokens, self.seconds + seconds
         if not result.skipped:
             self.loss_sum += result.loss * result.n_tokens

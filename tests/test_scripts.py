@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -155,7 +156,6 @@ def test_errors_are_one_sentence_on_every_rank(toy, split, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(toy, split, tmp_path):
-    import shutil
     evaluate = lambda folder: run_script(2, "solver_evaluate.py", ckpt_dir=folder, log_dir=tmp_path / "e", label_file=toy / "test.json")  # noqa: E731
     truncated = tmp_path / "truncated"
     shutil.copytree(split, truncated)
@@ -180,7 +180,37 @@ def test_a_damaged_checkpoint_is_refused_by_name(toy, split, tmp_path):
 def test_a_save_dir_that_holds_another_run_is_refused(toy, split, tmp_path):
     os.makedirs(tmp_path / "run/epoch-1")
     line = first_line(run_script(2, "solver_train.py", ckpt_dir=split, save_dir=tmp_path / "run", train_file=toy / "train.json", max_seq_len=96))
-    assert "already holds epoch-1" in line
+    assert "already holds epoch-1, but no complete save" in line
+
+
+@pytest.mark.parametrize("script,lora_rank,n", [("solver_train.py", -1, 2), ("solver_train.py", 2, 1), ("verifier_train.py", 2, 2)])
+def test_a_killed_run_continues_to_the_same_bits(script, lora_rank, n, toy, tmp_path):
+    """Killed after a save in mid-epoch, with a later save that is corrupt: metrics and files end as those of an undisturbed run."""
+    flags = dict(ckpt_dir=toy / "hf", train_file=toy / "train.json", max_seq_len=96, max_batch_size=3, epochs=2, save_steps=3, log_steps=2, lr=1e-2,
+                 dtype="fp32", lora_rank=lora_rank)
+    for name in ("whole", "cut"):
+        assert all(code == 0 for code, *_ in run_script(n, script, save_dir=tmp_path / name, **flags))
+    saves = sorted(tmp_path.glob("cut/*-*"), key=lambda p: json.loads((p / "manifest.json").read_text())["step"])
+    for path in saves[3:]:
+        shutil.rmtree(path)
+    with open(saves[2] / "training.00.pth", "r+b") as file:
+        file.seek(600)
+        byte = file.read(1)
+        file.seek(600)
+        file.write(bytes([byte[0] ^ 1]))
+    assert "--lr 0.1 (was 0.01)" in first_line(run_script(n, script, save_dir=tmp_path / "cut", **{**flags, "lr": 0.1}), n)
+    ranks = run_script(n, script, save_dir=tmp_path / "cut", **flags)
+    assert all(code == 0 for code, *_ in ranks), ranks
+    assert "moved aside" in ranks[0][1] and f"continuing {saves[1]}" in ranks[0][1]
+    last = saves[-1].name
+    for path in sorted((tmp_path / "whole" / last).glob("*.pth")):
+        a, b = (torch.load(p, weights_only=True) for p in (path, tmp_path / "cut" / last / path.name))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), path
+    whole, cut = ([{k: v for k, v in m.items() if k in ("step", "loss", "lr", "grad_norm")} for m in lines_of(tmp_path / name / "log/metrics.jsonl")
+                   if m["kind"] == "train"] for name in ("whole", "cut"))
+    assert cut[-1] == whole[-1] and [m for m in cut if m["step"] == 4][-1] == [m for m in whole if m["step"] == 4][-1]
+    ranks = run_script(n, script, save_dir=tmp_path / "cut", **flags)       # nothing is left to do
+    assert all(code == 0 for code, *_ in ranks), ranks
 
 
 def test_a_single_weight_file_is_a_model_too(toy, tmp_path):

@@ -139,6 +139,55 @@ def existing_saves(folder: str) -> list[str]:
     return sorted(name for name in os.listdir(folder) if _SAVE.fullmatch(name)) if os.path.isdir(folder) else []
 
 
+# flags that may differ between a run and its continuation: they do not change its numbers
+_HARMLESS = {"resume", "log_dir", "timeout_seconds", "save_steps", "keep_last", "save_rollouts", "log_steps", "eval_steps", "eval_batch_size",
+             "keep_resident"}
+
+
+def find_start(save_dirs: list[str], arguments: dict, resume: str) -> tuple[list[str], dict]:
+    """Collective. The newest saves to continue from, one in each of the folders and of the same step, and the first one's manifest;
+    ([""] for each, {}) for a new run.
+
+    arguments: this run's flags, to be those in the manifest ("run": {"arguments": ...}) but for harmless ones.
+    resume: "auto" continues a run of the same settings; "never" refuses folders that hold saves.
+    A save that does not match its checksums is moved aside, and the one before it is taken. ValueError on every rank.
+    """
+    if resume not in ("auto", "never"):
+        raise ValueError(f"--resume {resume!r}: use auto or never")
+    while True:
+        with groups.together("looking for earlier saves"):
+            saves = [complete_saves(folder) for folder in save_dirs]
+            common = set.intersection(*map(set, saves))
+            held = [name for folder in save_dirs for name in existing_saves(folder)]
+            if held and (resume == "never" or not common):
+                raise ValueError(f"{save_dirs[0]} already holds {', '.join(held[:3])}, " + ("and --resume is never. " if common else
+                                 "but no complete save to continue from. ") + "Choose another folder, or remove them.")
+            if not common:
+                return [""] * len(save_dirs), {}
+            paths = [found[max(common)] for found in saves]
+            manifest = read_manifest(paths[0])
+            before = manifest.get("run", {}).get("arguments")
+            changed = [f"--{key} {arguments[key]} (was {before.get(key)})" for key in arguments
+                       if key not in _HARMLESS and arguments[key] != before.get(key)] if before is not None else ["what it was is not recorded"]
+            if changed:
+                raise ValueError(f"{save_dirs[0]} already holds {os.path.basename(paths[0])} of a run with other settings: {', '.join(changed)}. "
+                                 "Give the same settings to continue it, or choose another folder.")
+        try:
+            for path in paths:
+                verify(path)
+            with groups.together("removing what will be computed again"):
+                if groups.is_main():        # saved for one role when the run died, not yet for the other
+                    for later in (found[step] for found in saves for step in found if step > max(common)):
+                        shutil.rmtree(later)
+            return paths, manifest
+        except ValueError as error:
+            groups.log(f"warning: {error}\nmoved aside as {paths[0]}.corrupt; continuing from the save before it")
+            with groups.together("moving a corrupt save aside"):
+                if groups.is_main():
+                    for path in paths:
+                        os.rename(path, path + ".corrupt")
+
+
 def complete_saves(folder: str) -> dict[int, str]:
     """step -> path of the saves in a save_dir that have a manifest."""
     paths = [os.path.join(folder, name) for name in existing_saves(folder)]

@@ -60,6 +60,36 @@ def replicated(name: str, shape: tuple[int, ...], rows: Range | None = None, par
     return Piece(name, rows or (0, shape[0]), tuple(shape), partial=partial)
 
 
+class _AdaptedLinear(torch.autograd.Function):
+    """y = x W^T + bias + x A^T B^T for a frozen W: the adapter is added inside the products (no [T, out] temporaries), and its
+    two factors are applied in the dtype of x. Several projections side by side: A stacked [n r, in], B block-diagonal [out, n r].
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b):
+        y, u = F.linear(x, weight, bias), F.linear(x, a)
+        y.addmm_(u, b.t())
+        ctx.save_for_backward(x, weight, a, b, u)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, a, b, u = ctx.saved_tensors
+        dy = dy.contiguous()
+        du = dy @ b
+        dx = (dy @ weight).addmm_(du, a) if ctx.needs_input_grad[0] else None
+        return dx, None, None, du.t() @ x, dy.t() @ u
+
+
+def _adapted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora_a: torch.Tensor, lora_b: torch.Tensor, lora: Lora,
+             sizes: list[int]) -> torch.Tensor:
+    """x [T, in] -> [T, out]. lora_b: [out, r], sizes: how its rows divide among the projections, whose A matrices lora_a stacks."""
+    b = (lora_b * lora.scale).to(x.dtype)
+    if len(sizes) > 1:
+        b = torch.block_diag(*b.split(sizes))
+    return _AdaptedLinear.apply(x, weight, bias, lora_a.to(x.dtype), b)
+
+
 class ColumnParallelLinear(nn.Module):
     """[.., in] replicated -> [.., sum of this rank's rows]. Several projections of the same input, cut on the output.
 
@@ -100,12 +130,9 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = copy_to_tp(x)
-        y = F.linear(x, self.weight, self.bias)
         if self.lora_a is None:
-            return y
-        u = F.linear(x, self.lora_a.to(x.dtype)).split(self.lora.rank, -1)
-        b = (self.lora_b * self.lora.scale).to(x.dtype).split(self.sizes)
-        return y + torch.cat([F.linear(ui, bi) for ui, bi in zip(u, b)], -1)
+            return F.linear(x, self.weight, self.bias)
+        return _adapted(x, self.weight, self.bias, self.lora_a, self.lora_b, self.lora, self.sizes)
 
 
 class RowParallelLinear(nn.Module):
@@ -135,9 +162,10 @@ class RowParallelLinear(nn.Module):
             self.layout["lora_b"] = (replicated(f"{name}.lora_b", (out_features, lora.rank), partial=True),)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x, self.weight)
-        if self.lora_a is not None:
-            y = y + F.linear(F.linear(x, self.lora_a.to(x.dtype)), (self.lora_b * self.lora.scale).to(x.dtype))
+        if self.lora_a is None:
+            y = F.linear(x, self.weight)
+        else:
+            y = _adapted(x, self.weight, None, self.lora_a, self.lora_b, self.lora, [len(self.lora_b)])
         y = reduce_from_tp(y)
         return y if self.bias is None else y + self.bias
 
