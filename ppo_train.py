@@ -165,6 +165,7 @@ def main(
     from llama_rlhf.checkpoint.shards import load_training_state, save_model
     from llama_rlhf.data import encode_prompt, prompt_of, read_records
     from llama_rlhf.evaluation import check_vocabulary, encode_problems, evaluate, show
+    from llama_rlhf.interrupt import EXIT_CODE, Interrupt
     from llama_rlhf.losses import kl_estimate
     from llama_rlhf.parallel import groups
     from llama_rlhf.parallel.layers import Lora
@@ -236,6 +237,7 @@ def main(
     log_dir = log_dir or os.path.join(actor_save_dir, "log")
     for folder in (actor_save_dir, log_dir, *((critic_save_dir,) if row.uses_critic else ())):
         store.check_writable(folder)
+    store.claim(actor_save_dir)
     starts, earlier = store.find_start([actor_save_dir, *((critic_save_dir,) if row.uses_critic else ())], cli.resolved, resume)
     start, state = earlier.get("step", 0), earlier.get("run", {})
     actor_start, critic_start = starts[0] or actor_ckpt_dir, starts[-1] or critic_ckpt_dir
@@ -266,7 +268,7 @@ def main(
     per_epoch = len(fitting) // n_prompts
     iterations = per_epoch * epochs if max_iterations == -1 else min(per_epoch * epochs, max_iterations)
     iterations = 1 if replay else iterations
-    warmup = critic_warmup if critic_warmup != -1 else 0 if not row.uses_critic or critic.score else 2
+    warmup = critic_warmup if critic_warmup != -1 else 2 if roles.critic_is_new else 0
     warmup = 0 if critic is None or replay else min(warmup, iterations - 1)
     steps_each = inner_epochs * math.ceil(max_buffer_size / minibatch_size)
     options = dict(schedule=lr_schedule, weight_decay=weight_decay, max_grad_norm=max_grad_norm, eps=1e-5)
@@ -320,6 +322,7 @@ def main(
             store.keep_newest(folder, keep_last, {best["step"]})
         run_log.write(f"saved {os.path.join(actor_save_dir, f'step-{step}')}")
 
+    interrupt = Interrupt()
     if test_problems and not start:
         evaluate_actor(0)
     for iteration in range(start, iterations):
@@ -371,8 +374,14 @@ def main(
             accuracy = evaluate_actor(step)
             if accuracy > best["accuracy"] and (last or save_steps > 0 and step % save_steps == 0):
                 best = {"accuracy": accuracy, "step": step}
-        if last or save_steps > 0 and step % save_steps == 0:
+        asked = not last and interrupt.asked()
+        if last or asked or save_steps > 0 and step % save_steps == 0:
             save(step)
+        if asked:
+            run_log.write("SIGTERM: saved and left; the same command continues")
+            run_log.close()
+            groups.shutdown()
+            raise SystemExit(EXIT_CODE)
     run_log.close()
     groups.shutdown()
 

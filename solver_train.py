@@ -94,6 +94,7 @@ def main(
     from llama_rlhf.checkpoint.shards import load_model, load_training_state, save_model
     from llama_rlhf.data import DataReport, batches, read_records, sft_examples, show_example
     from llama_rlhf.evaluation import check_vocabulary, encode_problems, evaluate, show
+    from llama_rlhf.interrupt import EXIT_CODE, Interrupt
     from llama_rlhf.parallel import groups
     from llama_rlhf.parallel.layers import Lora
     from llama_rlhf.runlog import Average, RunLog, peak_memory_gb
@@ -126,6 +127,7 @@ def main(
     log_dir = log_dir or os.path.join(save_dir, "log")
     store.check_writable(save_dir)
     store.check_writable(log_dir)
+    store.claim(save_dir)
     (start,), earlier = store.find_start([save_dir], cli.resolved, resume)
     lora = Lora(lora_rank, lora_alpha) if lora_rank > 0 else None
     model = load_model(start or ckpt_dir, lora=lora, dtype=groups.default_dtype(dtype), model_type=model_type, seed=seed)
@@ -164,6 +166,7 @@ def main(
                    run={"arguments": cli.resolved, "since": since.state(), "of_epoch": of_epoch.state()})
         run_log.write(f"saved {os.path.join(save_dir, name)}")
 
+    interrupt = Interrupt()
     step, since, of_epoch, seen = 0, Average(), Average(), 0
     if start:
         load_training_state(trainer, start)
@@ -193,6 +196,13 @@ def main(
                 since = Average()
             if save_steps > 0 and step % save_steps == 0 and step < total_steps:
                 save(f"step-{step}", epoch)
+            if step < min(seen, total_steps) and interrupt.asked():
+                if not os.path.exists(os.path.join(save_dir, f"step-{step}")):
+                    save(f"step-{step}", epoch)
+                run_log.write("SIGTERM: saved and left; the same command continues")
+                run_log.close()
+                groups.shutdown()
+                raise SystemExit(EXIT_CODE)
         finished_epoch = step == seen
         run_log.write(f"epoch {epoch + 1}: average loss {of_epoch.loss:.4f}, perplexity {of_epoch.perplexity:.3f} over {of_epoch.n_loss_tokens} tokens")
         run_log.record("epoch", step=step, epoch=epoch + 1, loss=of_epoch.loss, perplexity=of_epoch.perplexity)

@@ -102,6 +102,7 @@ def main(
     from llama_rlhf.data import JudgedReport, batches, judged_problems, read_records, show_judged, split_problems, verifier_examples
     from llama_rlhf.evaluation import check_vocabulary
     from llama_rlhf.models.transformer import ValueModel
+    from llama_rlhf.interrupt import EXIT_CODE, Interrupt
     from llama_rlhf.parallel import groups
     from llama_rlhf.parallel.layers import Lora
     from llama_rlhf.reward import JointModel, choose_loss, count, count_judgements, evaluate_verifier, measure_score, objective, show_verifier
@@ -143,6 +144,7 @@ def main(
     log_dir = log_dir or os.path.join(save_dir, "log")
     store.check_writable(save_dir)
     store.check_writable(log_dir)
+    store.claim(save_dir)
     (start,), earlier = store.find_start([save_dir], cli.resolved, resume)
     lora = Lora(lora_rank, lora_alpha) if lora_rank > 0 else None
     model = load_model(start or ckpt_dir, JointModel if lm_loss_weight else ValueModel, lora=lora, dtype=groups.default_dtype(dtype),
@@ -188,7 +190,7 @@ def main(
         model.output = output
         run_log.write(f"saved {os.path.join(save_dir, name)}")
 
-    of_epoch, seen = Average(), 0
+    of_epoch, seen, interrupt = Average(), 0, Interrupt()
     if start:
         load_training_state(trainer, start)
         step, since, of_epoch = earlier["step"], Average(**earlier["run"]["since"]), Average(**earlier["run"]["of_epoch"])
@@ -218,6 +220,13 @@ def main(
                 since = Average()
             if save_steps > 0 and step % save_steps == 0 and step < total_steps:
                 save(f"step-{step}", epoch)
+            if step < min(seen, total_steps) and interrupt.asked():
+                if not os.path.exists(os.path.join(save_dir, f"step-{step}")):
+                    save(f"step-{step}", epoch)
+                run_log.write("SIGTERM: saved and left; the same command continues")
+                run_log.close()
+                groups.shutdown()
+                raise SystemExit(EXIT_CODE)
         finished_epoch = step == seen
         run_log.write(f"epoch {epoch + 1}: average loss {of_epoch.loss:.4f}")
         run_log.record("epoch", step=step, epoch=epoch + 1, loss=of_epoch.loss)

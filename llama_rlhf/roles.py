@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from llama_rlhf.checkpoint.shards import load_model
+from llama_rlhf.checkpoint.shards import has_value_head, load_model
 from llama_rlhf.models.transformer import CausalLM, Transformer, ValueModel
 from llama_rlhf.parallel import groups
 from llama_rlhf.parallel.layers import Lora
@@ -29,6 +29,7 @@ class Roles:
     reference: CausalLM | None = None
     critic: ValueModel | None = None
     reward: ValueModel | None = None
+    critic_is_new: bool = False      # the run began with a critic whose head was drawn, not trained
     moves: bool = False
     waiting: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)      # id of a model -> its frozen host copies
 
@@ -99,8 +100,8 @@ def load_roles(*, actor_dir: str, start_dir: str, critic_dir: str, critic_start_
     if critic_dir:
         roles.critic = load_model(critic_start_dir, ValueModel, lora=lora, dtype=dtype, model_type=model_type, seed=seed + 1,
                                   share=list(roles.all().values()))
-        if roles.critic.score:
-            fold_head(roles.critic)
+        roles.critic_is_new = not has_value_head(critic_dir)
+        fold_head(roles.critic)
     if keep_resident not in ("auto", "always", "never"):
         raise ValueError(f"--keep_resident {keep_resident!r}: use auto, always or never")
     if groups.device().type == "cuda":

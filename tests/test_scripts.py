@@ -213,6 +213,25 @@ def test_a_killed_run_continues_to_the_same_bits(script, lora_rank, n, toy, tmp_
     assert all(code == 0 for code, *_ in ranks), ranks
 
 
+def test_sigterm_saves_and_the_same_command_continues(toy, tmp_path):
+    import signal
+    flags = [f"--{k}={v}" for k, v in dict(ckpt_dir=toy / "hf", train_file=toy / "train.json", max_seq_len=96, max_batch_size=1, epochs=40, log_steps=1,
+                                           dtype="fp32", device="cpu", save_dir=tmp_path / "run").items()]
+    command = [sys.executable, "-u", "solver_train.py", *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if "step 2/" in line:
+            other = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            assert other.returncode == 1 and "another run is saving" in other.stderr.splitlines()[0]
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait(60) == 143 and "SIGTERM: saved and left" in rest, rest
+    assert any(name.startswith(("step-", "epoch-")) for name in os.listdir(tmp_path / "run"))
+    done = subprocess.run([*command, "--max_steps=-1"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "continuing" in done.stdout and "step 800/800" in done.stdout, done.stderr
+
+
 def test_a_single_weight_file_is_a_model_too(toy, tmp_path):
     """Its config and tokenizer stand beside it."""
     (code, out, err), = run_script(1, "solver_evaluate.py", ckpt_dir=toy / "hf/model.safetensors", log_dir=tmp_path, label_file=toy / "test.json",

@@ -60,6 +60,12 @@ def inspect(checkpoint: Checkpoint, model_type: str = "") -> Contents:
     return Contents(config, notes, lora, "value_head.weight" in infos, manifest)
 
 
+def has_value_head(path: str) -> bool:
+    """Collective. Whether a checkpoint is a reward or value model."""
+    with groups.together(f"opening {path}"), open_checkpoint(store.resolve(path)) as checkpoint:
+        return inspect(checkpoint).has_value_head
+
+
 def load_model(path: str, model_class: type[Transformer] = CausalLM, *, lora: Lora | str | None = None, dtype=torch.float32,
                model_type: str = "", seed: int = 0, verify: bool = True, trainable: bool = True, need_head: bool = False,
                share: Sequence[Transformer] = ()) -> Transformer:

@@ -6,6 +6,7 @@ the parent fsynced. Assumes a file system where rename is atomic (local disks, N
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -34,6 +35,23 @@ def check_writable(folder: str) -> None:
                 os.remove(probe)
             except OSError as error:
                 raise type(error)(f"cannot write in {folder}: {error.strerror}. Choose another folder, or change its permissions.") from error
+
+
+_locks = []     # open files: a lock lasts as long as its process
+
+
+def claim(folder: str) -> None:
+    """Collective: refuse a folder that another running process on this host saves to. Released when the process ends, however it ends."""
+    with groups.together(f"claiming {folder}"):
+        if groups.is_main():
+            file = open(os.path.join(folder, ".lock"), "w")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(f"another run is saving to {folder} right now. Wait for it, or choose another folder.") from None
+            except OSError:
+                pass            # a file system without locks
+            _locks.append(file)
 
 
 def publish(folder: str, write: Callable[[str], dict | None], manifest: dict | None, *, n_bytes: int) -> None:

@@ -158,6 +158,10 @@ def packed_attention(q, k, v, lengths: list[int], kv_of_query: torch.Tensor | No
         k, v = k[:, kv_of_query], v[:, kv_of_query]
     q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)     # [H, T, D]
     grouped = q.shape[0] != k.shape[0]
+    if q.dtype == torch.bfloat16 and not q.is_cuda and not torch.is_inference_mode_enabled():
+        # training and scoring on a CPU: the bf16 kernel's backward is slower than the fp32 one and both casts together
+        return packed_attention(q.transpose(0, 1).float(), k.transpose(0, 1).float(), v.transpose(0, 1).float(), lengths, None, window,
+                                None if bias is None else bias.float()).to(torch.bfloat16)
     if len(lengths) > 1 and (q.is_cuda or max(lengths) <= _SHORT):
         return _padded_attention(q, k, v, lengths, grouped, window, bias)
     out, start = [], 0
