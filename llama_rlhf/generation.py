@@ -14,6 +14,7 @@ import torch
 
 from llama_rlhf.models.transformer import CausalLM, Rows
 from llama_rlhf.parallel import groups
+from llama_rlhf.parallel.layers import adapters_held
 from llama_rlhf.sampling import Sampling, choose
 
 _PREFILL_TOKENS = 8192      # prompts prefill in packs of about this many tokens
@@ -168,23 +169,24 @@ def generate(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, .
     was_training = model.training
     model.eval()
     try:
-        while waiting or active:
-            if waiting and (not active or n_slots - len(active) >= max(1, n_slots // 16)):
-                start = time.perf_counter()
-                prefill()
-                stats.prefill_seconds += time.perf_counter() - start
-                continue
-            n = len(active)
-            cache.begin_decode(lengths[:n], max(row.length + len(row.tokens) for row in active) - 1)
-            hidden = model(current[:n], Rows([1] * n, lengths[:n]), cache)
-            lengths[:n] += 1
-            token, logprob = pick(hidden, active, identity[:, :n], lengths[:n])
-            stats.decode_steps += 1
-            stats.decode_rows += n
-            stats.slot_steps += n_slots
-            accept(0, token, logprob)
-            if on_step is not None:
-                on_step(total - len(waiting) - len(active), total)
+        with adapters_held(model, model.dtype):
+            while waiting or active:
+                if waiting and (not active or n_slots - len(active) >= max(1, n_slots // 16)):
+                    start = time.perf_counter()
+                    prefill()
+                    stats.prefill_seconds += time.perf_counter() - start
+                    continue
+                n = len(active)
+                cache.begin_decode(lengths[:n], max(row.length + len(row.tokens) for row in active) - 1)
+                hidden = model(current[:n], Rows([1] * n, lengths[:n]), cache)
+                lengths[:n] += 1
+                token, logprob = pick(hidden, active, identity[:, :n], lengths[:n])
+                stats.decode_steps += 1
+                stats.decode_rows += n
+                stats.slot_steps += n_slots
+                accept(0, token, logprob)
+                if on_step is not None:
+                    on_step(total - len(waiting) - len(active), total)
     finally:
         model.train(was_training)
         groups.release_freed_memory()

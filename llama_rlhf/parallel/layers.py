@@ -9,6 +9,7 @@ All layers are built on the meta device and hold only this rank's part: no full 
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -81,13 +82,28 @@ class _AdaptedLinear(torch.autograd.Function):
         return dx, None, None, du.t() @ x, dy.t() @ u
 
 
-def _adapted(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lora_a: torch.Tensor, lora_b: torch.Tensor, lora: Lora,
-             sizes: list[int]) -> torch.Tensor:
-    """x [T, in] -> [T, out]. lora_b: [out, r], sizes: how its rows divide among the projections, whose A matrices lora_a stacks."""
-    b = (lora_b * lora.scale).to(x.dtype)
-    if len(sizes) > 1:
-        b = torch.block_diag(*b.split(sizes))
-    return _AdaptedLinear.apply(x, weight, bias, lora_a.to(x.dtype), b)
+def _factors(module: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of a module as _AdaptedLinear takes them. Its `sizes`: how the rows of B divide among the projections."""
+    b = (module.lora_b * module.lora.scale).to(dtype)
+    return module.lora_a.to(dtype), torch.block_diag(*b.split(module.sizes)) if len(module.sizes) > 1 else b
+
+
+def _adapted(module: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [T, in] -> [T, out]"""
+    return _AdaptedLinear.apply(x, module.weight, bias, *(module.held_factors or _factors(module, x.dtype)))
+
+
+@contextlib.contextmanager
+def adapters_held(model: nn.Module, dtype: torch.dtype):
+    """Inside, no adapter changes (generation): their factors are prepared once instead of at every step."""
+    modules = [module for module in model.modules() if getattr(module, "lora_a", None) is not None]
+    for module in modules:
+        module.held_factors = _factors(module, dtype)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.held_factors = None
 
 
 class ColumnParallelLinear(nn.Module):
@@ -113,7 +129,7 @@ class ColumnParallelLinear(nn.Module):
         out = offsets[-1]
         self.weight = nn.Parameter(torch.empty(out, in_features, dtype=dtype, device="meta"))
         self.layout["weight"] = pieces("weight", (in_features,))
-        self.bias = self.lora_a = self.lora_b = None
+        self.bias = self.lora_a = self.lora_b = self.held_factors = None
         if bias:
             self.bias = nn.Parameter(torch.empty(out, dtype=dtype, device="meta"))
             self.layout["bias"] = pieces("bias", ())
@@ -132,7 +148,7 @@ class ColumnParallelLinear(nn.Module):
         x = copy_to_tp(x)
         if self.lora_a is None:
             return F.linear(x, self.weight, self.bias)
-        return _adapted(x, self.weight, self.bias, self.lora_a, self.lora_b, self.lora, self.sizes)
+        return _adapted(self, x, self.bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -153,7 +169,7 @@ class RowParallelLinear(nn.Module):
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device="meta"))
             self.layout["bias"] = (replicated(f"{name}.bias", (out_features,)),)
-        self.lora, self.lora_a, self.lora_b = lora, None, None
+        self.lora, self.lora_a, self.lora_b, self.held_factors, self.sizes = lora, None, None, None, [out_features]
         if lora:
             # B is replicated and sees only this rank's Ax: its gradient is partial. Base and adapter share the one reduce
             self.lora_a = nn.Parameter(torch.empty(lora.rank, in_local, dtype=torch.float32, device="meta"))
@@ -165,7 +181,7 @@ class RowParallelLinear(nn.Module):
         if self.lora_a is None:
             y = F.linear(x, self.weight)
         else:
-            y = _adapted(x, self.weight, None, self.lora_a, self.lora_b, self.lora, [len(self.lora_b)])
+            y = _adapted(self, x, None)
         y = reduce_from_tp(y)
         return y if self.bias is None else y + self.bias
 
