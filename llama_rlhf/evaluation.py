@@ -257,6 +257,10 @@ def compare_runs(log_dirs: list[str]) -> str:
         by_rule = "".join(f"{metrics['rules'][rule]['accuracy']:7.1%}" for rule in "ABCD")
         lines.append(f"{log_dir:{width}}  {metrics['rules'][rule]['accuracy']:8.1%}  {low:6.1%} to {high:6.1%} {by_rule}  {metrics['finished_share']:8.1%}"
                      f"  {metrics['mean_tokens']:6.0f}")
+        if chosen := metrics.get("selection"):      # a verifier was asked, under that run's own rule
+            best = chosen["ways"]["best of n"]
+            lines.append(f"{'  best of ' + str(chosen['n_samples']):{width}}  {best['accuracy']:8.1%}  {best['interval'][0]:6.1%} to {best['interval'][1]:6.1%}"
+                         f"   of {chosen['n_problems']} problems, by the verifier; majority vote {chosen['ways']['majority vote']['accuracy']:.1%}")
     first_name, _, first = runs[0]
     for name, _, rows in runs[1:]:
         if differing := [key for key in first.keys() & rows.keys() if first[key]["prompt"] != rows[key]["prompt"]]:

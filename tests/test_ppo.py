@@ -264,3 +264,43 @@ def test_roles_must_share_a_tokenizer(toy, tmp_path):
     add_bytes_tokenizer(tmp_path / "other")
     (tmp_path / "other/tokenizer.bytes.json").write_text(json.dumps({"kind": "bytes", "vocab_size": 262}))
     assert "must share one tokenizer" in sentence(ppo(toy, tmp_path / "run", 2, critic_ckpt_dir=tmp_path / "other"))
+
+
+def _with_idle_roles_away(flags):
+    """ppo_train.py on a machine where idle roles are gone: their weights are NaN outside `using`."""
+    from ranks import _script
+
+    from llama_rlhf import roles as module
+    load, away = module.load_roles, {}
+
+    def send_away(self, model):
+        for p in self._own(model):
+            away[id(p)], p.data = p.data, torch.full_like(p.data, float("nan"))
+
+    def fetch(self, model):
+        for p in self._own(model):
+            p.data = away.pop(id(p))
+
+    def load_and_send_away(**options):
+        roles = load(**options)
+        roles.moves = True
+        for model in roles.all().values():
+            roles.send_away(model)
+        return roles
+
+    module.Roles.send_away, module.Roles._fetch, module.load_roles = send_away, fetch, load_and_send_away
+    return _script("ppo_train.py", flags)
+
+
+@pytest.mark.parametrize("lora_rank", [-1, 2])
+def test_roles_that_wait_elsewhere_change_nothing(lora_rank, toy, tmp_path):
+    """Every use of a model brings it back first, and with adapters the shared base never leaves."""
+    flags = dict(lora_rank=lora_rank, reward_model_ckpt_dir=toy / "reward", label_file=toy / "prompts.json", save_steps=1)
+    ok(ppo(toy, tmp_path / "stay", **flags))
+    (code, _, err), = run_ranks(1, _with_idle_roles_away, {"device": "cpu", **SHORT, "actor_ckpt_dir": toy / "hf", "actor_save_dir": tmp_path / "move",
+                                                           "train_file": toy / "prompts.json", **flags})
+    assert code == 0, err[-2000:]
+    for a, b in zip(iterations(tmp_path / "stay"), iterations(tmp_path / "move")):
+        assert numbers(a) == numbers(b)
+    a, b = whole(tmp_path / "stay"), whole(tmp_path / "move")
+    assert all(torch.equal(a[key], b[key]) for key in a)
