@@ -14,7 +14,7 @@
 
 The whole command line is checked against the signature before `main` is entered, so a misspelt flag costs a
 second, not a model load, and leaves nothing behind. Only the standard library is needed up to that point: import
-torch inside `main`. The call itself goes through fire, which gets our parsed values instead of guessing types
+torch inside `main`. `--config run.yaml` reads flags from a file; those on the command line win. The call itself goes through fire, which gets our parsed values instead of guessing types
 (left alone, fire reads a folder named 2024 as a number and `a,b` as a tuple).
 
 Exit codes: 0 done, 1 `main` failed, 2 wrong command line.
@@ -96,7 +96,7 @@ def _call_through_fire(main, values):
 def parse(main, argv):
     """The keyword arguments for `main`, defaults included. Raises UsageError or HelpRequested."""
     parameters = _parameters(main)
-    values, problems = {}, []
+    values, from_file, problems = {}, {}, []
     words = list(argv)
     if any(word in ("-h", "--help") for word in words):
         raise HelpRequested
@@ -112,7 +112,11 @@ def parse(main, argv):
             equals, text = True, words.pop(0)  # a value may be negative: only "--" starts a flag
         if negated:
             name = negated
-        if name not in parameters:
+        if name == "config" and name not in parameters and equals:
+            values_of_file, found = read_config(text, parameters)
+            from_file.update(values_of_file)
+            problems += found
+        elif name not in parameters:
             problems.append(f"unknown flag {flag}{_nearest(name, parameters)}")
         elif name in values:
             problems.append(f"--{name} is given more than once")
@@ -132,12 +136,42 @@ def parse(main, argv):
             except ValueError as e:
                 values[name] = None
                 problems.append(f"--{name} {e}")
+    values = from_file | values
     missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in values]
     if missing:
         problems.append("missing " + ", ".join(f"--{name}" for name in missing))
     if problems:
         raise UsageError(problems)
     return {p.name: values.get(p.name, p.default) for p in parameters.values()}
+
+
+def read_config(path, parameters):
+    """({flag: value}, problems) of a YAML file of flags, or of the run.json that an earlier run wrote."""
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            data = yaml.safe_load(file)  # JSON is YAML
+    except OSError as e:
+        return {}, [f"--config {path}: {e.strerror}"]
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        return {}, [f"--config {path} is not YAML: {' '.join(str(e).split())}"]
+    if isinstance(data, dict) and isinstance(data.get("arguments"), dict):
+        data = data["arguments"]
+    if not isinstance(data, dict):
+        return {}, [f"--config {path}: expected lines of `flag: value`"]
+    values, problems = {}, []
+    for name, value in data.items():
+        if name not in parameters:
+            problems.append(f"--config {path}: unknown flag {name}{_nearest(str(name), parameters)}")
+            continue
+        if isinstance(value, list):
+            value = ",".join(map(str, value))
+        try:  # by way of its text: YAML takes 1e-5 for a word, and true, null and none are spelled in several ways
+            values[name] = convert(str(value).lower() if value is None or isinstance(value, bool) else str(value), parameters[name].annotation)
+        except ValueError as e:
+            problems.append(f"--config {path}: {name} {e}")
+    return values, problems
 
 
 def convert(text, annotation):
@@ -236,7 +270,8 @@ def help_text(main):
             head = "  " + "".join(cell.ljust(width + 2) for cell, width in zip(rows[p.name], widths))
             text = descriptions.get(p.name, "")
             lines.append(textwrap.fill(text, columns, initial_indent=head, subsequent_indent=" " * indent) or head)
-    lines += ["", "Write --name value or --name=value; switches also as --name and --noname."]
+    lines += ["", "Write --name value or --name=value; switches also as --name and --noname.",
+              "--config FILE reads flags from a YAML file, or from the run.json of an earlier run; flags beside it win."]
     return "\n".join(line.rstrip() for line in lines)
 
 

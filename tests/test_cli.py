@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from llama_rlhf import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -230,3 +233,22 @@ def test_failing_rank_leaves_without_clean_up(script):
     result = script("--ckpt_dir=c", f"--save_dir={script.folder}/store", "--fail=group", real_torch=True)
     assert result.returncode == 1 and "error: one rank alone" in result.stderr
     assert time.monotonic() - start < 40  # the exit handler alone would take 60 s
+
+
+def test_config_file_gives_flags_and_the_command_line_wins(tmp_path):
+    def main(*, ckpt_dir: str, lr: float = 1.0, epochs: int = 2, chat: bool = False, names: list[str] | None = None, prompt: str | None = "x"):
+        pass
+    file = tmp_path / "run.yaml"
+    file.write_text("ckpt_dir: 2024\nlr: 1e-5\nepochs: 3\nchat: yes\nnames: [a, b]\nprompt: null\n")
+    expected = {"ckpt_dir": "2024", "lr": 1e-5, "epochs": 3, "chat": True, "names": ["a", "b"], "prompt": None}
+    assert cli.parse(main, ["--config", str(file)]) == expected
+    assert cli.parse(main, ["--epochs=7", f"--config={file}"]) == {**expected, "epochs": 7}
+    (tmp_path / "run.json").write_text(json.dumps({"script": "x.py", "arguments": expected, "environment": {}}))
+    assert cli.parse(main, ["--config", str(tmp_path / "run.json")]) == expected      # an earlier run, again
+    for text, said in (("epoch: 3\n", "unknown flag epoch: did you mean --epochs?"), ("epochs: many\n", "epochs expects a whole number"),
+                       ("- a\n", "expected lines of"), ("a: [\n", "is not YAML")):
+        file.write_text(text)
+        with pytest.raises(cli.UsageError, match=re.escape(said)):
+            cli.parse(main, ["--config", str(file), "--ckpt_dir", "x"])
+    with pytest.raises(cli.UsageError, match="No such file"):
+        cli.parse(main, ["--config", "none.yaml", "--ckpt_dir", "x"])

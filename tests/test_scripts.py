@@ -263,3 +263,24 @@ def test_torchrun_itself(toy, split, tmp_path):
     assert failed.returncode != 0 and "error: " in failed.stderr and "none.json" in failed.stderr
     ours = [line for line in failed.stderr.splitlines() if line.startswith(("[rank", "Traceback"))]     # torchrun adds its own later
     assert ours[0].startswith("[rank") and "error: " in ours[0] and "none.json" in ours[0]
+
+
+def test_the_contract_under_torchrun(toy, split, tmp_path):
+    """Fine-tune, verify, reinforce: the commands as people type them, each on the result of the one before, two gloo ranks."""
+    def torchrun(script, **flags):
+        words = [word for key, value in {**flags, "device": "cpu", "dtype": "fp32"}.items() for word in (f"--{key}", str(value))]
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", script, *words], cwd=ROOT, capture_output=True,
+                              text=True, timeout=180)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    torchrun("solver_train.py", ckpt_dir=split, save_dir=tmp_path / "solver", train_file=toy / "train.json", max_batch_size=6, lora_rank=-1,
+             max_seq_len=96, max_steps=3)
+    torchrun("verifier_train.py", ckpt_dir=tmp_path / "solver", save_dir=tmp_path / "verifier", train_file=toy / "train.json", max_batch_size=6,
+             lora_rank=-1, max_seq_len=96, max_steps=3)
+    out = torchrun("ppo_train.py", actor_ckpt_dir=tmp_path / "solver", actor_save_dir=tmp_path / "actor", critic_ckpt_dir=tmp_path / "verifier",
+                   critic_save_dir=tmp_path / "critic", reward_model_ckpt_dir=tmp_path / "verifier", max_batch_size=6, max_buffer_size=12,
+                   train_file=toy / "train.json", max_iterations=1, max_new_tokens=8)
+    assert "iteration 1/1" in out and "explained variance" in out
+    assert sorted(os.listdir(tmp_path / "critic")) == [".lock", "step-1"] or os.listdir(tmp_path / "critic") == ["step-1"]
+    assert "accuracy" in torchrun("solver_evaluate.py", ckpt_dir=tmp_path / "actor", log_dir=tmp_path / "log", label_file=toy / "test.json", max_new_tokens=4)
