@@ -76,7 +76,7 @@ class Response:
 class Rollout:
     """The buffer of one iteration, B responses, the same on every rank. Tensors on the CPU, fp32; [B, S] is 0 beyond a response.
 
-    Index t of [B, S] is the decision to emit response token t; values[i, t] is of the state before it (see ALGORITHMS in docs).
+    Index t of [B, S] is the decision to emit response token t; values[i, t] is of the state before it (docs/PPO.md).
     """
 
     prompts: list[int]
