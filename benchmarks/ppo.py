@@ -156,6 +156,13 @@ def decode_floor(shapes, n_rows, dtype):
     return min(times)
 
 
+def prompts_of(model, n):
+    """Token ids of the first n training problems, in the model's chat format."""
+    tokenizer = load_tokenizer(model)
+    records = read_records(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "dataset", "GSM8K", "train.json"))
+    return [encode_prompt(tokenizer, record["instruction"], use_chat_template=True) for record in records[:n]]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -174,9 +181,7 @@ def main():
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     groups.initialize(device="cpu")
     torch.set_num_threads(args.threads)
-    tokenizer = load_tokenizer(args.model)
-    records = read_records(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "dataset", "GSM8K", "train.json"))
-    prompts = [encode_prompt(tokenizer, record["instruction"], use_chat_template=True) for record in records[:args.n_rows]]
+    prompts = prompts_of(args.model, args.n_rows)
     with tempfile.TemporaryDirectory() as folder:
         prompts_file, args.dump = os.path.join(folder, "prompts.json"), os.path.join(folder, "dump.json")
         with open(prompts_file, "w") as file:

@@ -170,11 +170,12 @@ class Trainer:
 
     def move_state(self, device: torch.device) -> None:
         """Master copies and moments to another device, between steps (see roles.Roles.using)."""
+        waits = device.type == "cpu"         # a copy to the host that does not block may be read before it has arrived
         for p, master in zip(self.parameters, self.masters):
             if master is not p:
-                master.data = master.data.to(device, non_blocking=True)
+                master.data = master.data.to(device, non_blocking=not waits)
             for key, value in self.optimizer.state.get(master, {}).items():
-                self.optimizer.state[master][key] = value.to(device, non_blocking=True)
+                self.optimizer.state[master][key] = value.to(device, non_blocking=not waits)
 
     @staticmethod
     def _sum_over_replicas(value) -> float:
