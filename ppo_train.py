@@ -143,7 +143,7 @@ def main(
         keep_last: saves to keep, besides the one best in evaluation; -1: all
         resume: auto continues the run that actor_save_dir holds, exactly, if the settings are the same; never refuses such a folder
         save_rollouts: write every buffer to log_dir/rollout-N.pt
-        replay: a rollout-N.pt: one update from it instead of new responses, then save and stop
+        replay: a rollout-N.pt: one update from it instead of new responses, then save and stop; its scores are as they were
         keep_resident: auto, always or never: on CUDA, whether idle models stay on the device
         activation_checkpointing: recompute blocks in the backward pass: less memory, about a third more time
         seed: of samples, order, new heads and adapters
@@ -203,21 +203,38 @@ def main(
             raise ValueError(f"--max_buffer_size {max_buffer_size} is not a multiple of --num_samples_per_prompt {num_samples_per_prompt}")
         if temperature <= 0:
             raise ValueError(f"--temperature {temperature} must be more than 0: a policy that never varies finds nothing")
+        for name, lr in (("actor_lr", actor_lr), ("critic_lr", critic_lr)):
+            if lr != -1 and lr <= 0:
+                raise ValueError(f"--{name} {lr} must be positive, or -1 for the default")
+        if not 0 <= warmup_ratio <= 1 or max_iterations < 1 and max_iterations != -1 or critic_warmup < -1:
+            raise ValueError(f"--warmup_ratio {warmup_ratio} must lie between 0 and 1, --max_iterations {max_iterations} be at least 1 (or -1), "
+                             f"--critic_warmup {critic_warmup} at least 0 (or -1)")
         if dtype == "fp16":
             raise ValueError("--dtype fp16: training needs loss scaling, which is not here; use bf16 or fp32")
         if not (rule_weight or reward_function or reward_model_ckpt_dir and reward_model_weight):
             raise ValueError("no reward: give --reward_model_ckpt_dir, --reward_function or a --rule_weight")
         if keep_last == 0 or keep_last < -1:
             raise ValueError(f"--keep_last {keep_last}: use -1 to keep all saves, or at least 1")
-        minibatch_size = max(max_batch_size, max_buffer_size // 4) if minibatch_size == -1 else minibatch_size
+        minibatch_size = min(max_buffer_size, max(max_batch_size, max_buffer_size // 4)) if minibatch_size == -1 else minibatch_size
         if not 1 <= minibatch_size <= max_buffer_size:
             raise ValueError(f"--minibatch_size {minibatch_size} must be between 1 and --max_buffer_size {max_buffer_size}")
         critic_ckpt_dir = store.resolve(critic_given) if critic_given else (reward_model_ckpt_dir or actor_ckpt_dir) if row.uses_critic else ""
+        if critic_save_dir and not row.uses_critic:
+            raise ValueError(f"{algorithm} has no critic: leave --critic_save_dir out, or use --algorithm ppo")
         critic_save_dir = critic_save_dir or os.path.join(actor_save_dir, "critic")
+        if os.path.abspath(critic_save_dir) == os.path.abspath(actor_save_dir):
+            raise ValueError(f"--critic_save_dir and --actor_save_dir are both {actor_save_dir}: their saves have the same names, so give two folders")
         companions = companions_folder(tokenizer_file) or actor_ckpt_dir
         tokenizer = load_tokenizer(tokenizer_file or actor_ckpt_dir, chat_format=chat_format)
         role_dirs = {"critic": critic_ckpt_dir, "reward model": reward_model_ckpt_dir}
-        check_same_tokenizer(tokenizer, {role: load_tokenizer(tokenizer_file or path) for role, path in role_dirs.items() if path}, role_dirs)
+        own = {}
+        for role, path in role_dirs.items():
+            try:
+                own |= {role: load_tokenizer(path)} if path else {}
+            except (FileNotFoundError, ValueError):
+                if not tokenizer_file:
+                    raise               # a folder without one, and no other named: nobody knows what its ids mean
+        check_same_tokenizer(tokenizer, own, role_dirs)
         kind, records = get_task(task), read_records(train_file)
         try:
             problems = kind.load(train_file)
@@ -234,18 +251,27 @@ def main(
                    for n, (text, problem) in enumerate(zip(texts, problems or [None] * len(texts)), 1)]
         function = load_reward_function(reward_function) if reward_function else None
         replayed = Rollout.load(replay) if replay else None
+        if replayed and replayed.temperature != temperature:
+            raise ValueError(f"--replay {replay}: it was drawn at temperature {replayed.temperature}, not {temperature}")
+        if replayed and (row.uses_critic and replayed.values is None or kl_coef > 0 and replayed.ref_logprobs is None):
+            raise ValueError(f"--replay {replay} lacks the {'critic' if row.uses_critic and replayed.values is None else 'reference'} that {algorithm} "
+                             "needs here: it comes from a run without one. Use another --algorithm, or --kl_coef 0.")
     log_dir = log_dir or os.path.join(actor_save_dir, "log")
-    for folder in (actor_save_dir, log_dir, *((critic_save_dir,) if row.uses_critic else ())):
+    save_dirs = [actor_save_dir, *((critic_save_dir,) if row.uses_critic else ())]
+    for folder in [*save_dirs, log_dir]:
         store.check_writable(folder)
-    store.claim(actor_save_dir)
-    starts, earlier = store.find_start([actor_save_dir, *((critic_save_dir,) if row.uses_critic else ())], cli.resolved, resume)
+    for folder in save_dirs:
+        store.claim(folder)
+    run = store.identity(cli.resolved, groups.default_dtype(dtype), actor=actor_ckpt_dir, critic=critic_ckpt_dir, reward=reward_model_ckpt_dir)
+    starts, earlier = store.find_start(save_dirs, run, resume)
     start, state = earlier.get("step", 0), earlier.get("run", {})
     actor_start, critic_start = starts[0] or actor_ckpt_dir, starts[-1] or critic_ckpt_dir
 
     lora = Lora(lora_rank, lora_alpha) if lora_rank > 0 else None
     train_dtype = groups.default_dtype(dtype)
     roles = load_roles(actor_dir=actor_ckpt_dir, start_dir=actor_start, critic_dir=critic_ckpt_dir, critic_start_dir=critic_start,
-                       reward_dir=reward_model_ckpt_dir, needs_reference=kl_coef > 0, lora=lora, dtype=train_dtype, model_type=model_type,
+                       reward_dir=reward_model_ckpt_dir if reward_model_weight else "", reward_weight=reward_model_weight,
+                       needs_reference=kl_coef > 0, lora=lora, dtype=train_dtype, model_type=model_type,
                        seed=seed, keep_resident=keep_resident)
     actor, critic = roles.actor, roles.critic
     longest = min(m.config.max_seq_len for m in roles.all().values())
@@ -312,13 +338,14 @@ def main(
         return metrics["accuracy"]
 
     def save(step):
-        run_state = {"kl": kl.state(), "moments": moments.state(), "ema": ema.state(), "best": best, "arguments": cli.resolved}
+        run_state = {"kl": kl.state(), "moments": moments.state(), "ema": ema.state(), "best": best, "identity": run}
         if critic is not None:
             with roles.using(critic, trainer=critic_trainer):
-                save_model(critic, os.path.join(critic_save_dir, f"step-{step}"), companions=companions, trainer=critic_trainer, step=step)
+                save_model(critic, os.path.join(critic_save_dir, f"step-{step}"), companions=companions, trainer=critic_trainer, step=step,
+                           run={"identity": run})
         with roles.using(actor, trainer=actor_trainer):
             save_model(actor, os.path.join(actor_save_dir, f"step-{step}"), companions=companions, trainer=actor_trainer, step=step, run=run_state)
-        for folder in (actor_save_dir, critic_save_dir):
+        for folder in save_dirs:
             store.keep_newest(folder, keep_last, {best["step"]})
         run_log.write(f"saved {os.path.join(actor_save_dir, f'step-{step}')}")
 

@@ -128,7 +128,8 @@ def main(
     store.check_writable(save_dir)
     store.check_writable(log_dir)
     store.claim(save_dir)
-    (start,), earlier = store.find_start([save_dir], cli.resolved, resume)
+    run = store.identity(cli.resolved, groups.default_dtype(dtype), model=ckpt_dir)
+    (start,), earlier = store.find_start([save_dir], run, resume)
     lora = Lora(lora_rank, lora_alpha) if lora_rank > 0 else None
     model = load_model(start or ckpt_dir, lora=lora, dtype=groups.default_dtype(dtype), model_type=model_type, seed=seed)
     model.checkpoint_blocks = activation_checkpointing
@@ -163,7 +164,7 @@ def main(
 
     def save(name, epoch):
         save_model(model, os.path.join(save_dir, name), companions=companions, trainer=trainer, step=step, epoch=epoch,
-                   run={"arguments": cli.resolved, "since": since.state(), "of_epoch": of_epoch.state()})
+                   run={"identity": run, "since": since.state(), "of_epoch": of_epoch.state()})
         run_log.write(f"saved {os.path.join(save_dir, name)}")
 
     interrupt = Interrupt()
@@ -194,7 +195,7 @@ def main(
                 run_log.write(f"step {step}/{total_steps}  loss {since.loss:.4f}  perplexity {since.perplexity:.3f}  lr {result.lr:.2e}  "
                               f"grad_norm {result.grad_norm:.2f}  {since.tokens_per_second:.0f} tok/s  {peak_memory_gb():.2f} GB")
                 since = Average()
-            if save_steps > 0 and step % save_steps == 0 and step < total_steps:
+            if save_steps > 0 and step % save_steps == 0 and step < min(seen, total_steps):
                 save(f"step-{step}", epoch)
             if step < min(seen, total_steps) and interrupt.asked():
                 if not os.path.exists(os.path.join(save_dir, f"step-{step}")):
@@ -206,13 +207,13 @@ def main(
         finished_epoch = step == seen
         run_log.write(f"epoch {epoch + 1}: average loss {of_epoch.loss:.4f}, perplexity {of_epoch.perplexity:.3f} over {of_epoch.n_loss_tokens} tokens")
         run_log.record("epoch", step=step, epoch=epoch + 1, loss=of_epoch.loss, perplexity=of_epoch.perplexity)
-        save(f"epoch-{epoch + 1}" if finished_epoch else f"step-{step}", epoch + 1 if finished_epoch else epoch)
-        if problems:
+        if problems:        # before the save: a run that is killed here comes back to it
             metrics = evaluate(model, tokenizer, kind, problems, prompts, rule="D", max_batch_size=eval_batch_size,
                                max_new_tokens=max_new_tokens, max_seq_len=model.config.max_seq_len, progress=False,
                                samples_file=os.path.join(run_log.log_dir, f"samples-{step}.jsonl"))
             run_log.write(show(metrics))
             run_log.record("evaluation", step=step, epoch=epoch + 1, **metrics)
+        save(f"epoch-{epoch + 1}" if finished_epoch else f"step-{step}", epoch + 1 if finished_epoch else epoch)
         if step >= total_steps:
             break
     run_log.close()

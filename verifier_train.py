@@ -145,7 +145,10 @@ def main(
     store.check_writable(save_dir)
     store.check_writable(log_dir)
     store.claim(save_dir)
-    (start,), earlier = store.find_start([save_dir], cli.resolved, resume)
+    run = store.identity(cli.resolved, groups.default_dtype(dtype), model=ckpt_dir)
+    (start,), earlier = store.find_start([save_dir], run, resume)
+    if start and lm_loss_weight:
+        raise ValueError(f"{start}: a run with --lm_loss_weight cannot be continued, its language-model head is not saved. Choose another --save_dir.")
     lora = Lora(lora_rank, lora_alpha) if lora_rank > 0 else None
     model = load_model(start or ckpt_dir, JointModel if lm_loss_weight else ValueModel, lora=lora, dtype=groups.default_dtype(dtype),
                        model_type=model_type, seed=seed)
@@ -183,10 +186,10 @@ def main(
         return value
 
     def save(name, epoch):
-        model.score = measure_score(model, examples, loss)
+        totals = [sum(column) for column in zip(*groups.gather_objects((float(judged[0]), judged[1])))]
         output, model.output = getattr(model, "output", None), None     # a reward model has no language-model head
         save_model(model, os.path.join(save_dir, name), companions=companions, trainer=trainer, step=step, epoch=epoch, score=model.score,
-                   run={"arguments": cli.resolved, "since": since.state(), "of_epoch": of_epoch.state()})
+                   run={"identity": run, "since": since.state(), "of_epoch": of_epoch.state(), "judged": totals})
         model.output = output
         run_log.write(f"saved {os.path.join(save_dir, name)}")
 
@@ -194,6 +197,7 @@ def main(
     if start:
         load_training_state(trainer, start)
         step, since, of_epoch = earlier["step"], Average(**earlier["run"]["since"]), Average(**earlier["run"]["of_epoch"])
+        judged[:] = earlier["run"]["judged"] if groups.is_main() else (0.0, 0)
         run_log.advance(step)
         run_log.write(f"continuing {start}, after step {step}")
     for epoch in range(epochs):
@@ -218,10 +222,12 @@ def main(
                 run_log.write(f"step {step}/{total_steps}  loss {since.loss:.4f}  accuracy {accuracy:.1%}  lr {result.lr:.2e}  "
                               f"grad_norm {result.grad_norm:.2f}  {since.tokens_per_second:.0f} tok/s  {peak_memory_gb():.2f} GB")
                 since = Average()
-            if save_steps > 0 and step % save_steps == 0 and step < total_steps:
+            if save_steps > 0 and step % save_steps == 0 and step < min(seen, total_steps):
+                model.score = measure_score(model, examples, loss)
                 save(f"step-{step}", epoch)
             if step < min(seen, total_steps) and interrupt.asked():
                 if not os.path.exists(os.path.join(save_dir, f"step-{step}")):
+                    model.score = measure_score(model, examples, loss)
                     save(f"step-{step}", epoch)
                 run_log.write("SIGTERM: saved and left; the same command continues")
                 run_log.close()
@@ -230,11 +236,12 @@ def main(
         finished_epoch = step == seen
         run_log.write(f"epoch {epoch + 1}: average loss {of_epoch.loss:.4f}")
         run_log.record("epoch", step=step, epoch=epoch + 1, loss=of_epoch.loss)
-        save(f"epoch-{epoch + 1}" if finished_epoch else f"step-{step}", epoch + 1 if finished_epoch else epoch)
-        if held:
+        model.score = measure_score(model, examples, loss)
+        if held:            # before the save: a run that is killed here comes back to it
             metrics = evaluate_verifier(model, held, model.score)
             run_log.write(show_verifier(metrics))
             run_log.record("evaluation", step=step, epoch=epoch + 1, **metrics)
+        save(f"epoch-{epoch + 1}" if finished_epoch else f"step-{step}", epoch + 1 if finished_epoch else epoch)
         if step >= total_steps:
             break
     run_log.close()

@@ -179,17 +179,17 @@ def _reported(form: str, raw: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fold_head(model: ValueModel) -> None:
-    """Rescale the value head so that it gives the normalised score, as a critic that starts from this reward model has to.
+def fold_head(model: ValueModel, weight: float = 1.0) -> None:
+    """Rescale the value head so that it gives weight times the normalised score, as a critic that starts from this reward model has to.
 
     Linear: exact. Sigmoid: to first order around u = 0, p = 1/2 + u/4; near 0 and 1 the critic has to learn the rest.
     """
     if model.score is None:
         return
     slope, at_zero = (0.25, 0.5) if model.score["form"] == "sigmoid" else (1.0, 0.0)
-    head = model.value_head
-    head.weight.mul_(slope / model.score["scale"])
-    head.bias.mul_(slope).add_(at_zero - model.score["offset"]).div_(model.score["scale"])
+    head, scale = model.value_head, weight / model.score["scale"]
+    head.weight.mul_(slope * scale)
+    head.bias.mul_(slope).add_(at_zero - model.score["offset"]).mul_(scale)
     model.score = None
 
 

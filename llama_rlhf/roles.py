@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from llama_rlhf.checkpoint.shards import has_value_head, load_model
+from llama_rlhf.checkpoint.shards import load_model, look_inside
 from llama_rlhf.models.transformer import CausalLM, Transformer, ValueModel
 from llama_rlhf.parallel import groups
 from llama_rlhf.parallel.layers import Lora
 from llama_rlhf.reward import fold_head
 
-_RESIDENT_SHARE = 0.5       # "auto": everything stays on the device if the weights of all roles take at most this share of it
+_RESIDENT_SHARE = 0.6       # "auto": everything stays if weights, masters, moments and gradients take at most this share of the device
 
 
 @dataclass
@@ -37,9 +37,11 @@ class Roles:
         named = {"actor": self.actor, "reference": self.reference, "critic": self.critic, "reward": self.reward}
         return {name: model for name, model in named.items() if model is not None}
 
-    def n_bytes(self) -> int:
-        """Of all weights on this rank, shared ones once."""
-        return sum({p.data_ptr(): p.nbytes for model in self.all().values() for p in model.parameters()}.values())
+    def n_bytes(self, training: bool = False) -> int:
+        """Of all weights on this rank, shared ones once; training: with fp32 masters, moments and gradients of the trained ones."""
+        parameters = {id(p): p for model in self.all().values() for p in model.parameters()}.values()
+        state = sum((16 if p.dtype != torch.float32 else 12) * p.numel() for p in parameters if p.requires_grad) if training else 0
+        return sum(p.nbytes for p in parameters) + state
 
     @contextlib.contextmanager
     def using(self, *models: Transformer | None, trainer=None):
@@ -80,16 +82,26 @@ class Roles:
         return [p for p in model.parameters() if id(p) not in others]
 
 
-def load_roles(*, actor_dir: str, start_dir: str, critic_dir: str, critic_start_dir: str, reward_dir: str, needs_reference: bool, lora: Lora | None,
-               dtype: torch.dtype, model_type: str = "", seed: int = 0, keep_resident: str = "auto") -> Roles:
+def _adapters(path: str, lora: Lora | None) -> Lora | None:
+    """The adapters to train: those that the checkpoint holds, whatever their rank, else new ones as asked; None: all weights."""
+    stored = look_inside(path).lora if lora else None
+    if stored and stored != lora:
+        groups.log(f"note: {path} holds adapters of rank {stored.rank}, alpha {stored.alpha:g}; it continues with those")
+    return stored or lora
+
+
+def load_roles(*, actor_dir: str, start_dir: str, critic_dir: str, critic_start_dir: str, reward_dir: str, reward_weight: float, needs_reference: bool,
+               lora: Lora | None, dtype: torch.dtype, model_type: str = "", seed: int = 0, keep_resident: str = "auto") -> Roles:
     """Collective. Load what a run needs; critic_dir or reward_dir "" leaves that role out.
 
     actor_dir: the policy to train from, and the reference.  start_dir: where the actor's weights come from; differs from
-    actor_dir when a run is resumed. The same for the critic: one that comes from a reward model starts with the scale of its
-    scores folded into the head, one from a policy with a new head.
+    actor_dir when a run is resumed. The same for the critic. Where a reward model pays, reward_weight times its normalised score,
+    a critic that starts from a reward model has that scale folded into its head; one from a policy gets a new head.
     keep_resident: auto, always or never: whether idle models stay on the device (on a CPU they always do).
     """
-    actor = load_model(start_dir, lora=lora, dtype=dtype, model_type=model_type, seed=seed)
+    if keep_resident not in ("auto", "always", "never"):
+        raise ValueError(f"--keep_resident {keep_resident!r}: use auto, always or never")
+    actor = load_model(start_dir, lora=_adapters(start_dir, lora), dtype=dtype, model_type=model_type, seed=seed)
     roles = Roles(actor)
     frozen = dict(dtype=dtype, model_type=model_type, trainable=False, verify=True)
     if needs_reference:
@@ -98,15 +110,14 @@ def load_roles(*, actor_dir: str, start_dir: str, critic_dir: str, critic_start_
         roles.reward = load_model(reward_dir, ValueModel, lora="stored" if lora else None, need_head=True,
                                   share=list(roles.all().values()), **frozen)
     if critic_dir:
-        roles.critic = load_model(critic_start_dir, ValueModel, lora=lora, dtype=dtype, model_type=model_type, seed=seed + 1,
+        roles.critic = load_model(critic_start_dir, ValueModel, lora=_adapters(critic_start_dir, lora), dtype=dtype, model_type=model_type, seed=seed + 1,
                                   share=list(roles.all().values()))
-        roles.critic_is_new = not has_value_head(critic_dir)
-        fold_head(roles.critic)
-    if keep_resident not in ("auto", "always", "never"):
-        raise ValueError(f"--keep_resident {keep_resident!r}: use auto, always or never")
+        roles.critic_is_new = not look_inside(critic_dir).has_value_head
+        if reward_dir:
+            fold_head(roles.critic, reward_weight)
     if groups.device().type == "cuda":
         total = torch.cuda.get_device_properties(groups.device()).total_memory
-        roles.moves = keep_resident == "never" or keep_resident == "auto" and roles.n_bytes() > _RESIDENT_SHARE * total
+        roles.moves = keep_resident == "never" or keep_resident == "auto" and roles.n_bytes(training=True) > _RESIDENT_SHARE * total
         if roles.moves:
             for model in roles.all().values():
                 roles.send_away(model)

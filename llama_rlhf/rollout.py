@@ -96,6 +96,7 @@ class Rollout:
     ref_logprobs: torch.Tensor | None
     values: torch.Tensor | None
     value_after: torch.Tensor           # [B]
+    temperature: float                  # at which all log-probabilities are
     counts: dict[str, int] = field(default_factory=dict)    # truncated, too_short, not_finite
 
     def __len__(self) -> int:
@@ -128,7 +129,7 @@ class Rollout:
                    [r.prompt_length for r in responses], [r.finished for r in responses], [r.text for r in responses],
                    [r.correct for r in responses], [r.parts for r in responses], torch.tensor(scores), torch.tensor(bad), mask,
                    padded("generator_logprobs"), padded("logprobs"), padded("entropy"), padded("ref_logprobs"), padded("values"),
-                   torch.tensor([r.value_after for r in responses]), counts)
+                   torch.tensor([r.value_after for r in responses]), settings.temperature, counts)
 
     def save(self, path: str) -> None:
         """For a later `load`, and to look at: a dictionary of the fields above."""
@@ -231,7 +232,7 @@ def _per_response(function, rows: list[Response], names: tuple[str, ...]) -> Non
         results = function([r.tokens for r in mine], [r.prompt_length for r in mine])
         for name, values in zip(names, results):
             for r, part in zip(mine, values.float().cpu().split([len(r.tokens) - r.prompt_length for r in mine])):
-                setattr(r, name, part)
+                setattr(r, name, part.clone())      # a view would be sent with all of its pack
 
 
 @torch.no_grad()

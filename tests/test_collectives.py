@@ -91,3 +91,23 @@ def test_an_error_on_one_rank_ends_all_with_its_message():
 def test_model_parallel_size_must_divide_the_world():
     with pytest.raises(AssertionError, match="does not divide the 3 processes"):
         run_ranks(3, grid)
+
+
+def _leave_early():
+    from llama_rlhf.parallel import groups
+    from llama_rlhf.parallel.regions import all_reduce_
+    groups.initialize(device="cpu", timeout_seconds=60)
+    assert groups.shared_memory() is not None
+    all_reduce_(torch.ones(3))
+    if groups.tp_rank() == 1:
+        return None                 # and the process ends
+    started = time.perf_counter()
+    with pytest.raises(RuntimeError) as caught:
+        all_reduce_(torch.ones(3))
+    return str(caught.value), time.perf_counter() - started
+
+
+def test_a_rank_that_has_ended_is_noticed_within_seconds():
+    """Not after --timeout_seconds: the others would wait, and hold their memory, for ten minutes."""
+    (message, seconds), _ = run_ranks(2, _leave_early)
+    assert "rank 1 (process" in message and "has ended" in message and seconds < 8

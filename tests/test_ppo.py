@@ -206,12 +206,31 @@ def test_resumed_run_equals_an_undisturbed_one(lora_rank, n, toy, tmp_path):
             assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), path
 
 
+def test_a_run_killed_in_its_first_save_starts_over(toy, tmp_path):
+    """The critic was saved, the actor not: what is there belongs to the same run, and is computed again."""
+    flags = dict(max_iterations=1, reward_function=f"{toy / 'rewards.py'}:evens")
+    ok(ppo(toy, tmp_path / "run", **flags))
+    expected = whole(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/step-1")
+    ok(ppo(toy, tmp_path / "run", **flags))
+    assert all(torch.equal(a, b) for a, b in zip(expected.values(), whole(tmp_path / "run").values()))
+
+
+def test_the_critic_may_have_adapters_of_another_rank(toy, tmp_path):
+    run_ranks(1, save_reward_model, str(toy / "hf"), str(tmp_path / "reward"), (3, 6.0))
+    out = ok(ppo(toy, tmp_path / "run", reward_model_ckpt_dir=tmp_path / "reward", lora_rank=2))
+    assert "holds adapters of rank 3, alpha 6; it continues with those" in out
+    assert "critic: training" in out
+
+
 def test_a_saved_rollout_replays_to_the_same_update(toy, tmp_path):
     flags = dict(max_iterations=1, reward_function=f"{toy / 'rewards.py'}:evens")
     ok(ppo(toy, tmp_path / "first", save_rollouts=True, **flags))
     ok(ppo(toy, tmp_path / "again", replay=tmp_path / "first/log/rollout-1.pt", **flags))
     a, b = whole(tmp_path / "first"), whole(tmp_path / "again")
     assert all(torch.equal(a[k], b[k]) for k in a)
+    replay = tmp_path / "first/log/rollout-1.pt"
+    assert "drawn at temperature 1.0, not 0.5" in sentence(ppo(toy, tmp_path / "hot", replay=replay, temperature=0.5, **flags))
     (tmp_path / "noise.pt").write_bytes(random.Random(0).randbytes(500))
     assert "is not a rollout" in sentence(ppo(toy, tmp_path / "third", replay=tmp_path / "noise.pt", **flags))
 
@@ -252,7 +271,8 @@ def test_a_policy_that_only_ends_is_scored_too_short(toy, tmp_path):
     ({"algorithm": "rloo", "critic_ckpt_dir": "HF"}, "has no critic"), ({"max_new_tokens": 80}, "prompts fit"),
     ({"kl_coef": -0.5}, "--kl_coef -0.5"), ({"temperature": 0.0}, "--temperature 0.0"), ({"max_buffer_size": 9, "num_samples_per_prompt": 2}, "multiple"),
     ({"rule_weight": 0.0}, "no reward"), ({"reward_model_ckpt_dir": "HF"}, "has no value head"), ({"rule": "Z"}, "--rule"),
-    ({"minibatch_size": 99}, "--minibatch_size 99"), ({"lora_rank": 0}, "--lora_rank 0"), ({"keep_resident": "perhaps"}, "--keep_resident"),
+    ({"minibatch_size": 99}, "--minibatch_size 99"), ({"actor_lr": 0.0}, "--actor_lr 0.0 must be positive"), ({"max_iterations": 0}, "--max_iterations 0"),
+    ({"algorithm": "grpo", "critic_save_dir": "HF"}, "leave --critic_save_dir out"), ({"lora_rank": 0}, "--lora_rank 0"), ({"keep_resident": "perhaps"}, "--keep_resident"),
 ])
 def test_wrong_input_gets_a_sentence(flags, said, toy, tmp_path):
     flags = {key: toy / "hf" if value == "HF" else value for key, value in flags.items()}

@@ -206,11 +206,25 @@ def test_a_killed_run_continues_to_the_same_bits(script, lora_rank, n, toy, tmp_
     for path in sorted((tmp_path / "whole" / last).glob("*.pth")):
         a, b = (torch.load(p, weights_only=True) for p in (path, tmp_path / "cut" / last / path.name))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), path
-    whole, cut = ([{k: v for k, v in m.items() if k in ("step", "loss", "lr", "grad_norm")} for m in lines_of(tmp_path / name / "log/metrics.jsonl")
+    whole, cut = ([{k: v for k, v in m.items() if k in ("step", "loss", "accuracy", "lr", "grad_norm")} for m in lines_of(tmp_path / name / "log/metrics.jsonl")
                    if m["kind"] == "train"] for name in ("whole", "cut"))
     assert cut[-1] == whole[-1] and [m for m in cut if m["step"] == 4][-1] == [m for m in whole if m["step"] == 4][-1]
     ranks = run_script(n, script, save_dir=tmp_path / "cut", **flags)       # nothing is left to do
     assert all(code == 0 for code, *_ in ranks), ranks
+
+
+def test_what_does_not_fit_a_run_is_named_and_damage_is_stepped_over(toy, tmp_path):
+    flags = dict(ckpt_dir=toy / "hf", train_file=toy / "train.json", max_seq_len=96, max_batch_size=3, epochs=1, save_steps=2, max_steps=5, dtype="fp32",
+                 save_dir=tmp_path / "run", model_parallel_size=1)
+    assert all(code == 0 for code, *_ in run_script(2, "solver_train.py", **flags))
+    assert "data_parallel 1 (was 2)" in first_line(run_script(1, "solver_train.py", **flags), 1)
+    saves = sorted((tmp_path / "run").glob("*-*"), key=lambda p: json.loads((p / "manifest.json").read_text())["step"])
+    (saves[-1] / "training.00.pth").unlink()            # a missing file, a truncated file: the save before them counts
+    with open(saves[-2] / "consolidated.00.pth", "r+b") as file:
+        file.truncate(1000)
+    ranks = run_script(2, "solver_train.py", **flags)
+    assert all(code == 0 for code, *_ in ranks), ranks
+    assert ranks[0][1].count("moved aside") == 2 and f"continuing {saves[-3]}" in ranks[0][1]
 
 
 def test_sigterm_saves_and_the_same_command_continues(toy, tmp_path):

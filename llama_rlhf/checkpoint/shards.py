@@ -60,10 +60,10 @@ def inspect(checkpoint: Checkpoint, model_type: str = "") -> Contents:
     return Contents(config, notes, lora, "value_head.weight" in infos, manifest)
 
 
-def has_value_head(path: str) -> bool:
-    """Collective. Whether a checkpoint is a reward or value model."""
+def look_inside(path: str) -> Contents:
+    """Collective. What a checkpoint holds, its weights unread."""
     with groups.together(f"opening {path}"), open_checkpoint(store.resolve(path)) as checkpoint:
-        return inspect(checkpoint).has_value_head
+        return inspect(checkpoint)
 
 
 def load_model(path: str, model_class: type[Transformer] = CausalLM, *, lora: Lora | str | None = None, dtype=torch.float32,

@@ -137,8 +137,11 @@ def verify(folder: str) -> None:
         manifest = read_manifest(folder) or {"files": {}}
         for i, (name, entry) in enumerate(sorted(manifest["files"].items())):
             if i % groups.world_size() == groups.rank():
-                with open(os.path.join(folder, name), "rb") as file:
-                    digest = _sha256(file)
+                try:
+                    with open(os.path.join(folder, name), "rb") as file:
+                        digest = _sha256(file)
+                except OSError as error:
+                    raise CheckpointError(f"{os.path.join(folder, name)} cannot be read: {error.strerror}") from error
                 if digest != entry.get("sha256"):
                     raise CheckpointError(f"{os.path.join(folder, name)} is corrupt: its SHA-256 is {digest[:12]}..., the manifest "
                                           f"says {str(entry.get('sha256'))[:12]}.... Copy the checkpoint again, or use another.")
@@ -148,9 +151,8 @@ def resolve(path: str) -> str:
     """A checkpoint folder, or a save_dir of a training run: then the newest complete save in it (epoch-N, step-N)."""
     if not os.path.isdir(path) or os.path.exists(os.path.join(path, MANIFEST)):
         return path
-    saves = [os.path.join(path, name) for name in os.listdir(path) if _SAVE.fullmatch(name)]
-    complete = [(read_manifest(save).get("step", 0), save) for save in saves if os.path.exists(os.path.join(save, MANIFEST))]
-    return max(complete)[1] if complete else path
+    saves = complete_saves(path)
+    return saves[max(saves)] if saves else path
 
 
 def existing_saves(folder: str) -> list[str]:
@@ -162,66 +164,100 @@ _HARMLESS = {"resume", "log_dir", "timeout_seconds", "save_steps", "keep_last", 
              "keep_resident"}
 
 
-def find_start(save_dirs: list[str], arguments: dict, resume: str) -> tuple[list[str], dict]:
+def identity(arguments: dict, dtype, **started_from: str) -> dict:
+    """What must be the same for a run to be continued: flags, ranks, dtype, and the checkpoints that paths led to at the start."""
+    return {"arguments": dict(arguments), "tensor_parallel": groups.tp_size(), "data_parallel": groups.dp_size(), "dtype": str(dtype),
+            "started_from": {role: os.path.abspath(path) if path else "" for role, path in started_from.items()}}
+
+
+def _differences(now: dict, before: dict | None) -> list[str]:
+    if not isinstance(before, dict) or now.keys() != before.keys():
+        return ["what it was is not recorded"]
+    changed = [f"--{key} {value} (was {before['arguments'].get(key)})" for key, value in now["arguments"].items()
+               if key not in _HARMLESS and value != before["arguments"].get(key)]
+    return changed or [f"{key} {now[key]} (was {before[key]})" for key in now if key != "arguments" and now[key] != before[key]]
+
+
+def find_start(save_dirs: list[str], run: dict, resume: str) -> tuple[list[str], dict]:
     """Collective. The newest saves to continue from, one in each of the folders and of the same step, and the first one's manifest;
     ([""] for each, {}) for a new run.
 
-    arguments: this run's flags, to be those in the manifest ("run": {"arguments": ...}) but for harmless ones.
+    run: `identity` of this run, to be that in the saves' manifests but for harmless flags.
     resume: "auto" continues a run of the same settings; "never" refuses folders that hold saves.
-    A save that does not match its checksums is moved aside, and the one before it is taken. ValueError on every rank.
+    A damaged save is moved aside, and the one before it is taken; what one role saved just before the run died, and the other
+    did not, is removed: it will be computed again. ValueError on every rank.
     """
     if resume not in ("auto", "never"):
         raise ValueError(f"--resume {resume!r}: use auto or never")
     while True:
         with groups.together("looking for earlier saves"):
             saves = [complete_saves(folder) for folder in save_dirs]
-            common = set.intersection(*map(set, saves))
-            held = [name for folder in save_dirs for name in existing_saves(folder)]
-            if held and (resume == "never" or not common):
-                raise ValueError(f"{save_dirs[0]} already holds {', '.join(held[:3])}, " + ("and --resume is never. " if common else
-                                 "but no complete save to continue from. ") + "Choose another folder, or remove them.")
-            if not common:
-                return [""] * len(save_dirs), {}
-            paths = [found[max(common)] for found in saves]
-            manifest = read_manifest(paths[0])
-            before = manifest.get("run", {}).get("arguments")
-            changed = [f"--{key} {arguments[key]} (was {before.get(key)})" for key in arguments
-                       if key not in _HARMLESS and arguments[key] != before.get(key)] if before is not None else ["what it was is not recorded"]
-            if changed:
-                raise ValueError(f"{save_dirs[0]} already holds {os.path.basename(paths[0])} of a run with other settings: {', '.join(changed)}. "
-                                 "Give the same settings to continue it, or choose another folder.")
-        try:
-            for path in paths:
+            names = [name for folder in save_dirs for name in existing_saves(folder)]
+            if names and resume == "never":
+                raise ValueError(f"{save_dirs[0]} already holds {', '.join(names[:3])}, and --resume is never. Choose another folder, or remove them.")
+            if names and not any(saves):
+                raise ValueError(f"{save_dirs[0]} already holds {', '.join(names[:3])}, but no complete save to continue from. "
+                                 "Choose another folder, or remove them.")
+            for folder, found in zip(save_dirs, saves):
+                if found and (changed := _differences(run, _brief(found[max(found)]).get("run", {}).get("identity"))):
+                    raise ValueError(f"{folder} already holds {os.path.basename(found[max(found)])} of a run with other settings: {', '.join(changed)}. "
+                                     "Give the same settings to continue it, or choose another folder.")
+            step = max(set.intersection(*map(set, saves)), default=-1)
+            paths = [found[step] for found in saves] if step >= 0 else []
+        damaged = None
+        for path in paths:
+            try:
                 verify(path)
-            with groups.together("removing what will be computed again"):
-                if groups.is_main():        # saved for one role when the run died, not yet for the other
-                    for later in (found[step] for found in saves for step in found if step > max(common)):
-                        shutil.rmtree(later)
-            return paths, manifest
-        except ValueError as error:
-            groups.log(f"warning: {error}\nmoved aside as {paths[0]}.corrupt; continuing from the save before it")
-            with groups.together("moving a corrupt save aside"):
-                if groups.is_main():
-                    for path in paths:
-                        os.rename(path, path + ".corrupt")
+            except ValueError as error:
+                groups.log(f"warning: {error}\nmoved aside as {path}.corrupt; going back to the save before it")
+                damaged = path
+                break
+        with groups.together("clearing what will be computed again"):
+            if groups.is_main():
+                if damaged:
+                    os.rename(damaged, damaged + ".corrupt")
+                else:
+                    for folder, found in zip(save_dirs, saves):
+                        for name in existing_saves(folder):
+                            path = os.path.join(folder, name)
+                            if path not in found.values() or any(path == found[s] and s > step for s in found):
+                                _remove(path)
+        if not damaged:
+            return (paths, _brief(paths[0])) if paths else ([""] * len(save_dirs), {})
+
+
+def _brief(path: str) -> dict:
+    """The manifest of a save, its files unseen; {} when it cannot be read."""
+    try:
+        with open(os.path.join(path, MANIFEST), encoding="utf-8") as file:
+            manifest = json.load(file)
+        return manifest if isinstance(manifest, dict) else {}
+    except (OSError, ValueError):
+        return {}
 
 
 def complete_saves(folder: str) -> dict[int, str]:
     """step -> path of the saves in a save_dir that have a manifest."""
     paths = [os.path.join(folder, name) for name in existing_saves(folder)]
-    return {read_manifest(path).get("step", 0): path for path in paths if os.path.exists(os.path.join(path, MANIFEST))}
+    return {manifest["step"]: path for path in paths if isinstance((manifest := _brief(path)).get("step"), int)}
 
 
 def keep_newest(folder: str, n: int, spare: set[int]) -> None:
-    """Rank 0 removes all complete saves but the n newest (n at least 1; -1: all) and those of the steps in `spare`."""
-    if n == -1 or not groups.is_main():
-        return
-    saves = complete_saves(folder)
-    for step in sorted(saves)[:-n]:
-        if step not in spare:
-            # first the manifest: half-removed folders must not look complete
-            os.remove(os.path.join(saves[step], MANIFEST))
-            shutil.rmtree(saves[step], ignore_errors=True)
+    """Collective: remove all complete saves but the n newest (n at least 1; -1: all) and those of the steps in `spare`."""
+    with groups.together(f"removing old saves in {folder}"):
+        if n != -1 and groups.is_main():
+            saves = complete_saves(folder)
+            for step in sorted(saves)[:-n]:
+                if step not in spare:
+                    _remove(saves[step])
+
+
+def _remove(path: str) -> None:
+    """Under another name first: what is half removed must not look like a save."""
+    hidden = os.path.join(os.path.dirname(path), f".tmp-removed-{os.path.basename(path)}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(path, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _fsync_folder(folder: str) -> None:

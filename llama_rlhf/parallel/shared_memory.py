@@ -29,9 +29,18 @@ def host_identity() -> tuple:
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read().strip()
-        return (platform.node(), boot, os.stat("/dev/shm").st_dev, platform.machine())
+        return (platform.node(), boot, os.stat("/dev/shm").st_dev, os.readlink("/proc/self/ns/pid"), platform.machine())
     except OSError:
         return (platform.node(), os.getpid(), 0, platform.machine())
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a process of this host is gone, or only waits to be collected by its parent."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in ("Z", "X")
+    except OSError:
+        return True
 
 
 class SharedMemoryGroup:
@@ -60,7 +69,8 @@ class SharedMemoryGroup:
             descriptor = os.open(box[0], os.O_RDWR)
         self._map = mmap.mmap(descriptor, n_bytes)
         os.close(descriptor)
-        dist.barrier(group)
+        self._pids = [None] * self.size
+        dist.all_gather_object(self._pids, os.getpid(), group=group)
         if self.rank == 0:
             os.unlink(box[0])           # mapped by all: the name is no longer needed, and nothing is left behind by a crash
         n_counters = self.size * _COUNTER_STRIDE
@@ -77,7 +87,7 @@ class SharedMemoryGroup:
         parts = [slots[r, :n_bytes].view(flat.dtype) for r in range(self.size)]
         parts[self.rank].copy_(flat)
         self._counters[self.rank] = self._round
-        counters, goal, deadline = self._counters, self._round, None
+        counters, goal, deadline, look = self._counters, self._round, None, 0.0
         for r in self._others:
             spins = 0
             while counters[r] < goal:
@@ -86,7 +96,12 @@ class SharedMemoryGroup:
                     os.sched_yield()
                 if spins % 2000 == 0:
                     now = time.monotonic()
-                    deadline = deadline or now + self.timeout_seconds
+                    deadline, look = deadline or now + self.timeout_seconds, look or now + 1.0
+                    if now > look:
+                        look = now + 1.0
+                        if _has_ended(self._pids[r]) and counters[r] < goal:
+                            raise RuntimeError(f"tensor-parallel rank {r} (process {self._pids[r]}) has ended before exchange {goal}; see its output. "
+                                               f"This is rank {self.rank}.")
                     if now > deadline:
                         raise RuntimeError(f"tensor-parallel rank {r} did not arrive at exchange {goal} within {self.timeout_seconds:.0f} s "
                                            f"(it is at {int(counters[r])}, this is rank {self.rank}). It is stuck or dead; see its output.")
