@@ -55,7 +55,7 @@ class Ours:
         reward_dir = os.path.join(folder, "reward")
         save_model(load_model(args.model, ValueModel, lora=lora, dtype=dtype, seed=7), reward_dir, companions=args.model,
                    score={"loss": "pairwise", "form": "linear", "offset": 0.0, "scale": 1.0})
-        self.roles = load_roles(actor_dir=args.model, start_dir=args.model, critic_dir=reward_dir, critic_start_dir=reward_dir, reward_dir=reward_dir,
+        self.roles = load_roles(actor_dir=args.model, start_dir=args.model, critic_dir=reward_dir, critic_start_dir=reward_dir, reward_dir=reward_dir, reward_weight=1.0,
                                 needs_reference=True, lora=lora, dtype=dtype)
         steps = 1000 * args.inner_epochs
         self.trainers = [Trainer(model, lr=args.lr, total_steps=steps, eps=1e-5) for model in (self.roles.actor, self.roles.critic)]

@@ -149,7 +149,7 @@ def _four_roles(source, folder):
     save_reward_model(source, folder + "/reward", (2, 4.0))
     groups.initialize(device="cpu")
     roles = load_roles(actor_dir=source, start_dir=source, critic_dir=folder + "/reward", critic_start_dir=folder + "/reward",
-                       reward_dir=folder + "/reward", needs_reference=True, lora=Lora(2, 4.0), dtype=torch.float32)
+                       reward_dir=folder + "/reward", reward_weight=1.0, needs_reference=True, lora=Lora(2, 4.0), dtype=torch.float32)
     rows, plens = [[256, *range(40, 52)], [256, 60, 61, 62, 63]], [4, 2]
     base = {name: p for name, p in roles.actor.named_parameters() if "lora" not in name}
     digest = lambda: hash(b"".join(p.detach().numpy().tobytes() for p in base.values()))  # noqa: E731
