@@ -82,14 +82,15 @@ def choose(hidden: torch.Tensor, weight: torch.Tensor, vocab_ranges, sampling: S
         z = _filter(unfiltered, vocab_ranges, sampling)
     else:
         z = unfiltered
+    p = z.exp()
     if sampling.temperature:
-        token = _invert(z.exp(), keyed_uniform(sampling.seed, *keys), start)
+        token = _invert(p, keyed_uniform(sampling.seed, *keys), start)
     if not with_logprobs:
         return token, None
     local = token - start
     mine = (local >= 0) & (local < stop - start)
     chosen = z.gather(1, local.clamp(0, stop - start - 1)[:, None])[:, 0].where(mine, 0.0)
-    total, chosen = all_reduce_(torch.stack([z.exp().sum(-1), chosen]))
+    total, chosen = all_reduce_(torch.stack([p.sum(-1), chosen]))
     return token, chosen - total.log()
 
 
