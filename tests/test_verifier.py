@@ -421,6 +421,10 @@ def test_sample_label_verifier_choose(toy, split, tmp_path):  # noqa: F811
     for i, sample in enumerate(samples):            # a random model is never right: make some so
         sample["correct"] = bool(i % 3)
         sample["correct_by_rule"]["D"], sample["answers"]["D"] = sample["correct"], str(i % 3)
+    untouched = lines_of(tmp_path / "samples/samples.jsonl")
+    for sample in untouched:                            # the run to compare with: as good as never right, now surely
+        sample["correct"] = sample["correct_by_rule"]["D"] = False
+    (tmp_path / "samples/samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in untouched))
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
 
     ranks = verifier(ckpt_dir=split, save_dir=tmp_path / "run", train_file=tmp_path / "samples.jsonl", held_out=0.2, epochs=2, lm_loss_weight=0.5,
