@@ -12,7 +12,7 @@ cd "$(dirname "$0")/../.."
 SEED=${SEED:-0}
 RUN=${RUN:-runs/arithmetic-$SEED}
 ITERATIONS=${ITERATIONS:-16}
-PYTHON=${PYTHON:-python}
+[ -n "${PYTHON:-}" ] || { PYTHON=python; [ ! -x .venv/bin/python ] || PYTHON=.venv/bin/python; }     # the quickstart's, if there
 export PYTHONPATH=.
 if [ -e "$RUN" ]; then
     echo "error: $RUN holds an earlier run. Remove it, or choose another folder: RUN=runs/second bash examples/arithmetic/run.sh" >&2
