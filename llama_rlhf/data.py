@@ -564,6 +564,19 @@ def deal(rows, lengths, n_hands):
     return hands
 
 
+def pack(rows, lengths, *, max_tokens=None, max_rows=None):
+    """The rows in order, cut into lists of at most max_rows rows and max_tokens tokens; a row longer than that is a list of its own."""
+    packs, filled = [], 0
+    for i in rows:
+        full = max_tokens is not None and filled + lengths[i] > max_tokens
+        if not packs or len(packs[-1]) == max_rows or full:
+            packs.append([])
+            filled = 0
+        packs[-1].append(i)
+        filled += lengths[i]
+    return packs
+
+
 def _fits(rows, lengths, max_batch_size, max_batch_tokens, dp_size):
     if len(rows) > max_batch_size * dp_size:
         return False

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from llama_rlhf.data import encode_prompt, encode_response, read_records
+from llama_rlhf.data import encode_prompt, encode_response, pack, read_records
 from llama_rlhf.generation import Statistics, generate
 from llama_rlhf.models.transformer import CausalLM, ValueModel
 from llama_rlhf.parallel import groups
@@ -175,25 +175,15 @@ def reference_loss(model: CausalLM, tokenizer, problems, prompts: list[list[int]
 
     exp(total loss / total tokens) over all problems and replicas; solutions are cut at max_seq_len, problems without one left out.
     """
-    loss, n_tokens, rows = 0.0, 0, []
-
-    def flush():
-        nonlocal loss, n_tokens
-        if rows:
-            logprobs = response_logprobs(model, [tokens for tokens, _ in rows], [n for _, n in rows])
-            loss, n_tokens = loss - float(logprobs.sum(dtype=torch.float64)), n_tokens + len(logprobs)
-            rows.clear()
-
+    mine = [i for i in range(groups.dp_rank(), len(problems), groups.dp_size()) if problems[i].solution]
+    rows = [(prompts[i] + tokenizer.encode(problems[i].solution, eos=True))[:max_seq_len] for i in mine]
+    loss, n_tokens = 0.0, 0
     was_training = model.training
     model.eval()
     try:
-        for i in range(groups.dp_rank(), len(problems), groups.dp_size()):
-            if problems[i].solution:
-                tokens = (prompts[i] + tokenizer.encode(problems[i].solution, eos=True))[:max_seq_len]
-                if sum(len(row) for row, _ in rows) + len(tokens) > max_tokens:
-                    flush()
-                rows.append((tokens, len(prompts[i])))
-        flush()
+        for places in pack(range(len(rows)), [len(row) for row in rows], max_tokens=max_tokens):
+            logprobs = response_logprobs(model, [rows[n] for n in places], [len(prompts[mine[n]]) for n in places])
+            loss, n_tokens = loss - float(logprobs.sum(dtype=torch.float64)), n_tokens + len(logprobs)
     finally:
         model.train(was_training)
     parts = [part for part, tp_rank in groups.gather_objects(((loss, n_tokens), groups.tp_rank())) if tp_rank == 0]

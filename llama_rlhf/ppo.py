@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from llama_rlhf.advantages import Advantages, Algorithm, explained_variance
-from llama_rlhf.data import deal
+from llama_rlhf.data import deal, pack
 from llama_rlhf.losses import aggregation_weights, kl_estimate, policy_loss, value_loss
 from llama_rlhf.parallel import groups
 from llama_rlhf.rollout import Rollout
@@ -54,15 +54,8 @@ def minibatches(n: int, settings: UpdateSettings, iteration: int, epoch: int) ->
 
 def micro_batches(rows: list[int], lengths: list[int], settings: UpdateSettings) -> list[list[int]]:
     """This replica's share of one optimizer step, cut into micro-batches."""
-    micro, filled = [], 0
-    for i in deal(rows, lengths, groups.dp_size())[groups.dp_rank()]:
-        full = settings.max_batch_tokens is not None and filled + lengths[i] > settings.max_batch_tokens
-        if not micro or len(micro[-1]) == settings.max_batch_size or full:
-            micro.append([])
-            filled = 0
-        micro[-1].append(i)
-        filled += lengths[i]
-    return micro or [[]]
+    mine = deal(rows, lengths, groups.dp_size())[groups.dp_rank()]
+    return pack(mine, lengths, max_tokens=settings.max_batch_tokens, max_rows=settings.max_batch_size) or [[]]
 
 
 class Sums:
@@ -93,7 +86,7 @@ class Sums:
 
 
 def update_critic(trainer: Trainer, rollout: Rollout, made: Advantages, settings: UpdateSettings, iteration: int) -> dict[str, float]:
-    """Collective. The critic's optimizer steps on one buffer; returns the statistics of section "critic" in docs/PPO.md."""
+    """Collective. The critic's optimizer steps on one buffer; returns its statistics (docs/PPO.md names them)."""
     lengths, total_lengths, sums, norms = rollout.response_lengths, [len(row) for row in rollout.tokens], Sums(), []
 
     def loss_sum(rows):
@@ -110,7 +103,7 @@ def update_critic(trainer: Trainer, rollout: Rollout, made: Advantages, settings
 
 
 def update_actor(trainer: Trainer, rollout: Rollout, made: Advantages, algorithm: Algorithm, settings: UpdateSettings, iteration: int) -> dict[str, float]:
-    """Collective. The actor's optimizer steps on one buffer; returns the statistics of section "actor" in docs/PPO.md."""
+    """Collective. The actor's optimizer steps on one buffer; returns its statistics (docs/PPO.md names them)."""
     lengths, total_lengths, norms = rollout.response_lengths, [len(row) for row in rollout.tokens], []
     clips = (settings.clip_low, settings.clip_high) if algorithm.clips else (math.inf, math.inf)
     kl_coef = settings.kl_coef if algorithm.kl_in == "loss" else 0.0

@@ -18,7 +18,7 @@ import torch
 from llama_rlhf.advantages import RunningMoments
 from llama_rlhf.checkpoint.formats import open_checkpoint
 from llama_rlhf.checkpoint.shards import inspect
-from llama_rlhf.data import Judged
+from llama_rlhf.data import Judged, pack
 from llama_rlhf.losses import pairwise_loss, prediction_rows, token_logprobs, verifier_loss
 from llama_rlhf.models.transformer import CausalLM, Rows, ValueModel
 from llama_rlhf.parallel import groups
@@ -126,15 +126,10 @@ def score_responses(model: ValueModel, tokens: list[list[int]], prompt_lengths: 
     was_training = model.training
     model.eval()
     try:
-        pack, n_tokens = [], 0
-        for i in sorted(range(len(tokens)), key=lambda i: len(tokens[i])):      # rows of one pass have similar lengths
-            if pack and n_tokens + len(tokens[i]) > max_tokens:
-                scores[pack] = final_scores(model, [tokens[j] for j in pack])
-                pack, n_tokens = [], 0
-            pack.append(i)
-            n_tokens += len(tokens[i])
-        if pack:
-            scores[pack] = final_scores(model, [tokens[j] for j in pack])
+        lengths = [len(row) for row in tokens]
+        by_length = sorted(range(len(tokens)), key=lengths.__getitem__)         # rows of one pass have similar lengths
+        for places in pack(by_length, lengths, max_tokens=max_tokens):
+            scores[places] = final_scores(model, [tokens[i] for i in places])
     finally:
         model.train(was_training)
     return scores

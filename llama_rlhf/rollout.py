@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 
+from llama_rlhf.data import pack
 from llama_rlhf.generation import Statistics, generate
 from llama_rlhf.models.transformer import ValueModel
 from llama_rlhf.parallel import groups
@@ -213,22 +214,10 @@ def load_reward_function(spec: str) -> Callable:
     return function
 
 
-def packs(lengths: list[int], n_tokens: int = _PASS_TOKENS) -> list[list[int]]:
-    """Row numbers in groups of about n_tokens tokens, at least one row each."""
-    result, filled = [], 0
-    for i, n in enumerate(lengths):
-        if not result or filled + n > n_tokens:
-            result.append([])
-            filled = 0
-        result[-1].append(i)
-        filled += n
-    return result
-
-
 def _per_response(function, rows: list[Response], names: tuple[str, ...]) -> None:
     """function(tokens, prompt lengths) -> a packed [N] tensor for each name; each response receives its own part of them."""
-    for pack in packs([len(r.tokens) for r in rows]):
-        mine = [rows[i] for i in pack]
+    for places in pack(range(len(rows)), [len(r.tokens) for r in rows], max_tokens=_PASS_TOKENS):
+        mine = [rows[i] for i in places]
         results = function([r.tokens for r in mine], [r.prompt_length for r in mine])
         for name, values in zip(names, results):
             for r, part in zip(mine, values.float().cpu().split([len(r.tokens) - r.prompt_length for r in mine])):
@@ -269,8 +258,8 @@ def collect(roles, prompts: list[Prompt], tokenizer, reward: Reward, settings: R
             with roles.using(roles.critic):
                 _per_response(lambda tokens, lengths: (response_values(roles.critic, tokens, lengths),), rows, ("values",))
                 cut = [r for r in rows if not r.finished] if settings.bootstrap_truncated else []
-                for pack in packs([len(r.tokens) for r in cut]):
-                    for i, value in zip(pack, final_scores(roles.critic, [cut[i].tokens for i in pack]).tolist()):
+                for places in pack(range(len(cut)), [len(r.tokens) for r in cut], max_tokens=_PASS_TOKENS):
+                    for i, value in zip(places, final_scores(roles.critic, [cut[i].tokens for i in places]).tolist()):
                         cut[i].value_after = value
     if reward.model is not None:
         with clock("score"), roles.using(reward.model):
