@@ -69,7 +69,7 @@ def test_files_named_in_the_readme_exist():
         text = file.read()
     known = {name for folder, _, names in os.walk(ROOT) if ".venv" not in folder and "/.git" not in folder for name in names}
     missing = {name for name in re.findall(r"[\w/]+\.(?:py|sh|md|json|txt)\b", text) if os.path.basename(name) not in known}
-    produced = {"params.json", "manifest.json", "run.json", "metrics.json", "config.json", "tokenizer.json", "my.py"}
+    produced = {"params.json", "manifest.json", "run.json", "metrics.json", "config.json", "tokenizer.json"}
     assert not {name for name in missing if os.path.basename(name) not in produced}
 
 
