@@ -165,7 +165,7 @@ def main(
     from llama_rlhf.checkpoint.shards import load_training_state, save_model
     from llama_rlhf.data import encode_prompt, prompt_of, read_records
     from llama_rlhf.evaluation import check_vocabulary, encode_problems, evaluate, show
-    from llama_rlhf.interrupt import EXIT_CODE, Interrupt
+    from llama_rlhf.interrupt import Interrupt
     from llama_rlhf.losses import kl_estimate
     from llama_rlhf.parallel import groups
     from llama_rlhf.parallel.layers import Lora
@@ -235,13 +235,13 @@ def main(
                 if not tokenizer_file:
                     raise               # a folder without one, and no other named: nobody knows what its ids mean
         check_same_tokenizer(tokenizer, own, role_dirs)
-        kind, records = get_task(task), read_records(train_file)
+        kind = get_task(task)
         try:
             problems = kind.load(train_file)
         except ValueError:
             if rule_weight:
                 raise
-            problems = None         # prompts without labels: the reward model or the function judges alone
+            problems, records = None, read_records(train_file)      # prompts without labels: the reward model or the function judges alone
         if rule not in kind.RULES:
             raise ValueError(f"--rule {rule!r}: use one of {', '.join(kind.RULES)}")
         test_problems = kind.load(label_file) if label_file else []
@@ -405,10 +405,7 @@ def main(
         if last or asked or save_steps > 0 and step % save_steps == 0:
             save(step)
         if asked:
-            run_log.write("SIGTERM: saved and left; the same command continues")
-            run_log.close()
-            groups.shutdown()
-            raise SystemExit(EXIT_CODE)
+            interrupt.leave(run_log)
     run_log.close()
     groups.shutdown()
 

@@ -94,7 +94,7 @@ def main(
     from llama_rlhf.checkpoint.shards import load_model, load_training_state, save_model
     from llama_rlhf.data import DataReport, batches, read_records, sft_examples, show_example
     from llama_rlhf.evaluation import check_vocabulary, encode_problems, evaluate, show
-    from llama_rlhf.interrupt import EXIT_CODE, Interrupt
+    from llama_rlhf.interrupt import Interrupt
     from llama_rlhf.parallel import groups
     from llama_rlhf.parallel.layers import Lora
     from llama_rlhf.runlog import Average, RunLog, peak_memory_gb
@@ -131,7 +131,7 @@ def main(
     run = store.identity(cli.resolved, groups.default_dtype(dtype), model=ckpt_dir)
     (start,), earlier = store.find_start([save_dir], run, resume)
     lora = Lora(lora_rank, lora_alpha) if lora_rank > 0 else None
-    model = load_model(start or ckpt_dir, lora=lora, dtype=groups.default_dtype(dtype), model_type=model_type, seed=seed)
+    model = load_model(start or ckpt_dir, verify=not start, lora=lora, dtype=groups.default_dtype(dtype), model_type=model_type, seed=seed)
     model.checkpoint_blocks = activation_checkpointing
     n_bytes = sum(groups.gather_objects(sum(p.nbytes for p in model.parameters()) if groups.dp_rank() == 0 else 0))
     with groups.together(f"checking the space in {save_dir}"):
@@ -200,10 +200,7 @@ def main(
             if step < min(seen, total_steps) and interrupt.asked():
                 if not os.path.exists(os.path.join(save_dir, f"step-{step}")):
                     save(f"step-{step}", epoch)
-                run_log.write("SIGTERM: saved and left; the same command continues")
-                run_log.close()
-                groups.shutdown()
-                raise SystemExit(EXIT_CODE)
+                interrupt.leave(run_log)
         finished_epoch = step == seen
         run_log.write(f"epoch {epoch + 1}: average loss {of_epoch.loss:.4f}, perplexity {of_epoch.perplexity:.3f} over {of_epoch.n_loss_tokens} tokens")
         run_log.record("epoch", step=step, epoch=epoch + 1, loss=of_epoch.loss, perplexity=of_epoch.perplexity)

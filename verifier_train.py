@@ -102,7 +102,7 @@ def main(
     from llama_rlhf.data import JudgedReport, batches, judged_problems, read_records, show_judged, split_problems, verifier_examples
     from llama_rlhf.evaluation import check_vocabulary
     from llama_rlhf.models.transformer import ValueModel
-    from llama_rlhf.interrupt import EXIT_CODE, Interrupt
+    from llama_rlhf.interrupt import Interrupt
     from llama_rlhf.parallel import groups
     from llama_rlhf.parallel.layers import Lora
     from llama_rlhf.reward import JointModel, choose_loss, count, count_judgements, evaluate_verifier, measure_score, objective, show_verifier
@@ -150,7 +150,7 @@ def main(
     if start and lm_loss_weight:
         raise ValueError(f"{start}: a run with --lm_loss_weight cannot be continued, its language-model head is not saved. Choose another --save_dir.")
     lora = Lora(lora_rank, lora_alpha) if lora_rank > 0 else None
-    model = load_model(start or ckpt_dir, JointModel if lm_loss_weight else ValueModel, lora=lora, dtype=groups.default_dtype(dtype),
+    model = load_model(start or ckpt_dir, verify=not start, model_class=JointModel if lm_loss_weight else ValueModel, lora=lora, dtype=groups.default_dtype(dtype),
                        model_type=model_type, seed=seed)
     model.checkpoint_blocks = activation_checkpointing
     n_bytes = sum(groups.gather_objects(sum(p.nbytes for p in model.parameters()) if groups.dp_rank() == 0 else 0))
@@ -229,10 +229,7 @@ def main(
                 if not os.path.exists(os.path.join(save_dir, f"step-{step}")):
                     model.score = measure_score(model, examples, loss)
                     save(f"step-{step}", epoch)
-                run_log.write("SIGTERM: saved and left; the same command continues")
-                run_log.close()
-                groups.shutdown()
-                raise SystemExit(EXIT_CODE)
+                interrupt.leave(run_log)
         finished_epoch = step == seen
         run_log.write(f"epoch {epoch + 1}: average loss {of_epoch.loss:.4f}")
         run_log.record("epoch", step=step, epoch=epoch + 1, loss=of_epoch.loss)

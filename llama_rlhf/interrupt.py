@@ -29,3 +29,11 @@ class Interrupt:
         mark = torch.tensor(int(self._marked), device=groups.device())
         dist.all_reduce(mark, dist.ReduceOp.MAX)
         return bool(mark)
+
+    @staticmethod
+    def leave(run_log) -> None:
+        """Collective: end a run that has just been saved."""
+        run_log.write("SIGTERM: saved and left; the same command continues")
+        run_log.close()
+        groups.shutdown()
+        raise SystemExit(EXIT_CODE)

@@ -101,16 +101,24 @@ def load_roles(*, actor_dir: str, start_dir: str, critic_dir: str, critic_start_
     """
     if keep_resident not in ("auto", "always", "never"):
         raise ValueError(f"--keep_resident {keep_resident!r}: use auto, always or never")
-    actor = load_model(start_dir, lora=_adapters(start_dir, lora), dtype=dtype, model_type=model_type, seed=seed)
+    # hashed once: what several roles read, and the saves of a resumed run, which store.find_start has compared already
+    hashed = {start for start, given in ((start_dir, actor_dir), (critic_start_dir, critic_dir)) if start != given}
+
+    def load(path: str, *args, **options) -> Transformer:
+        model = load_model(path, *args, verify=path not in hashed, **options)
+        hashed.add(path)
+        return model
+
+    actor = load(start_dir, lora=_adapters(start_dir, lora), dtype=dtype, model_type=model_type, seed=seed)
     roles = Roles(actor)
-    frozen = dict(dtype=dtype, model_type=model_type, trainable=False, verify=True)
+    frozen = dict(dtype=dtype, model_type=model_type, trainable=False)
     if needs_reference:
-        roles.reference = load_model(actor_dir, lora="stored" if lora else None, share=[actor], **frozen)
+        roles.reference = load(actor_dir, lora="stored" if lora else None, share=[actor], **frozen)
     if reward_dir:
-        roles.reward = load_model(reward_dir, ValueModel, lora="stored" if lora else None, need_head=True,
-                                  share=list(roles.all().values()), **frozen)
+        roles.reward = load(reward_dir, ValueModel, lora="stored" if lora else None, need_head=True,
+                            share=list(roles.all().values()), **frozen)
     if critic_dir:
-        roles.critic = load_model(critic_start_dir, ValueModel, lora=_adapters(critic_start_dir, lora), dtype=dtype, model_type=model_type, seed=seed + 1,
+        roles.critic = load(critic_start_dir, ValueModel, lora=_adapters(critic_start_dir, lora), dtype=dtype, model_type=model_type, seed=seed + 1,
                                   share=list(roles.all().values()))
         roles.critic_is_new = not look_inside(critic_dir).has_value_head
         if reward_dir:
