@@ -14,7 +14,7 @@ import torch
 
 from llama_rlhf.models.transformer import CausalLM, Rows
 from llama_rlhf.parallel import groups
-from llama_rlhf.parallel.layers import adapters_held
+from llama_rlhf.parallel.layers import held, weights_held
 from llama_rlhf.sampling import Sampling, choose
 
 _PREFILL_TOKENS = 8192      # prompts prefill in packs of about this many tokens
@@ -90,8 +90,7 @@ def generate(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, .
     longest = min(max_seq_len, max(map(len, prompts)) + max_new_tokens)
     n_slots = min(max_batch_size, total)
     cache = model.new_cache(n_slots, longest)
-    stats.cache_bytes = cache.n_bytes
-    vocab, weight = model.partition.held["vocab"], model.head_weight
+    vocab, weight = model.partition.held["vocab"], held(model.head_weight, n_slots)
     # long prompts first: the batch drains evenly at the end
     waiting = [(i, s) for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])) for s in range(n_samples)][::-1]
     keys = list(range(len(prompts))) if request_ids is None else list(request_ids)
@@ -169,7 +168,7 @@ def generate(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, .
     was_training = model.training
     model.eval()
     try:
-        with adapters_held(model, model.dtype):
+        with weights_held(model, n_slots):
             while waiting or active:
                 if waiting and (not active or n_slots - len(active) >= max(1, n_slots // 16)):
                     start = time.perf_counter()
@@ -190,5 +189,6 @@ def generate(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, .
     finally:
         model.train(was_training)
         groups.release_freed_memory()
+    stats.cache_bytes = max(stats.cache_bytes, cache.peak_bytes)
     stats.seconds += time.perf_counter() - began
     return results

@@ -6,12 +6,12 @@ import torch
 
 from llama_rlhf.parallel.regions import all_reduce_
 
-_CHUNK_BYTES = 16 << 20     # fp32 logits alive at a time, per rank, on a CPU (about its cache); ten times that on a GPU
-_MIN_CHUNK = 64             # rows: smaller products run far below the matmul rate
+_CHUNK_BYTES = 128 << 20    # logits alive at a time, per rank
+_BLOCK_BYTES = 4 << 20      # of them in fp32 at a time on a CPU: about its cache. On a GPU a block is a chunk
 
 
-def chunk_rows(vocab_local: int, device: torch.device) -> int:
-    return max(_MIN_CHUNK, _CHUNK_BYTES * (10 if device.type == "cuda" else 1) // (4 * max(1, vocab_local)))
+def _slices(n: int, rows: int) -> list[slice]:
+    return [slice(i, min(n, i + rows)) for i in range(0, n, max(1, rows))]
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -19,26 +19,32 @@ class _TokenLogprobs(torch.autograd.Function):
 
     With z = h W^T / T over the whole vocabulary: lse = max + log sum exp(z - max), the max and the sum taken over ranks
     (Megatron-LM, arXiv:1909.08053, section 3, and ALGORITHM 1 of its vocabulary-parallel cross entropy).
-    dz = g * (onehot - p) + g_H * -p * (z - lse + H). The logits exist one chunk of rows at a time, in both directions.
+    dz = g * (onehot - p) + g_H * -p * (z - lse + H). The logits exist one chunk of rows at a time, in both directions; when one
+    chunk holds all rows it is kept for backward.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, vocab_start, temperature, with_entropy):
         ctx.set_materialize_grads(False)        # an entropy that is only looked at costs nothing in backward
-        n, step = hidden.shape[0], chunk_rows(weight.shape[0], hidden.device)
+        n, vocab = hidden.shape[0], weight.shape[0]
+        chunks = _slices(n, _CHUNK_BYTES // (hidden.element_size() * max(1, vocab)))
+        block = n if hidden.is_cuda else _BLOCK_BYTES // (4 * max(1, vocab))
         local = targets - vocab_start
-        mine = (local >= 0) & (local < weight.shape[0])
-        local = local.clamp(0, weight.shape[0] - 1)
+        mine = (local >= 0) & (local < vocab)
+        local = local.clamp(0, vocab - 1)
         top, total, chosen, weighted = hidden.new_zeros(4, n, dtype=torch.float32)
-        for i in range(0, n, step):
-            c = slice(i, i + step)
-            z = (hidden[c] @ weight.t()).float().div_(temperature)
-            chosen[c] = z.gather(1, local[c, None])[:, 0].where(mine[c], 0.0)
-            top[c] = z.amax(-1)
-            e = (z - top[c, None]).exp_()
-            total[c] = e.sum(-1)
-            if with_entropy:
-                weighted[c] = e.mul_(z).sum(-1)
+        for c in chunks:
+            logits = hidden[c] @ weight.t()
+            for part in _slices(len(logits), block):
+                b = slice(c.start + part.start, c.start + part.stop)
+                z = logits[part].float()
+                z = z / temperature if temperature != 1 else z
+                chosen[b] = z.gather(1, local[b, None])[:, 0].where(mine[b], 0.0)
+                top[b] = z.amax(-1)
+                e = (z - top[b, None]).exp_()
+                total[b] = e.sum(-1)
+                if with_entropy:
+                    weighted[b] = e.mul_(z).sum(-1)
         high = all_reduce_(top.clone(), "max")
         rescale = (top - high).exp()
         sums = all_reduce_(torch.stack([total * rescale, chosen, weighted * rescale]))
@@ -46,30 +52,35 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs = sums[1] - lse
         entropy = lse - sums[2] / sums[0] if with_entropy else None
         ctx.save_for_backward(hidden, weight, local, mine, lse, entropy)
-        ctx.temperature, ctx.step = temperature, step
+        ctx.temperature, ctx.chunks, ctx.block = temperature, chunks, block
+        ctx.logits = logits if len(chunks) == 1 else None
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, g, g_entropy):
         hidden, weight, local, mine, lse, entropy = ctx.saved_tensors
         g = torch.zeros_like(lse) if g is None else g
+        kept, ctx.logits = ctx.logits, None     # overwritten below
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for i in range(0, hidden.shape[0], ctx.step):
-            c = slice(i, i + ctx.step)
-            logp = (hidden[c] @ weight.t()).float().div_(ctx.temperature).sub_(lse[c, None])
-            p = logp.exp()
-            if entropy is not None and g_entropy is not None:
-                dz = logp.add_(entropy[c, None]).mul_(p).mul_(-g_entropy[c, None])
-                dz.addcmul_(p, -g[c, None].expand_as(p))
-            else:
-                dz = p.mul_(-g[c, None])
-            dz.scatter_add_(1, local[c, None], (g[c] * mine[c])[:, None])
-            dz = dz.div_(ctx.temperature).to(hidden.dtype)
+        d_weight = None
+        for c in ctx.chunks:
+            logits = hidden[c] @ weight.t() if kept is None else kept
+            for part in _slices(len(logits), ctx.block):
+                b = slice(c.start + part.start, c.start + part.stop)
+                logp = logits[part].to(torch.float32, copy=True).div_(ctx.temperature).sub_(lse[b, None])
+                p = logp.exp()
+                if entropy is not None and g_entropy is not None:
+                    dz = logp.add_(entropy[b, None]).mul_(p).mul_(-g_entropy[b, None])
+                    dz.addcmul_(p, -g[b, None].expand_as(p))
+                else:
+                    dz = p.mul_(-g[b, None])
+                dz.scatter_add_(1, local[b, None], (g[b] * mine[b])[:, None])
+                logits[part] = dz.div_(ctx.temperature)
             if d_hidden is not None:
-                torch.matmul(dz, weight, out=d_hidden[c])
-            if d_weight is not None:
-                d_weight += dz.t() @ hidden[c]
+                d_hidden[c] = logits @ weight
+            if ctx.needs_input_grad[1]:
+                part = logits.t() @ hidden[c]
+                d_weight = part if len(ctx.chunks) == 1 else part.float() if d_weight is None else d_weight.add_(part)
         if d_hidden is not None:
             all_reduce_(d_hidden)           # each rank saw only its own vocabulary rows
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None

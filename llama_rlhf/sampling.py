@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from llama_rlhf.parallel import groups
+from llama_rlhf.parallel.layers import product
 from llama_rlhf.parallel.regions import all_gather, all_reduce_
 
 
@@ -53,11 +54,11 @@ def choose(hidden: torch.Tensor, weight: torch.Tensor, vocab_ranges, sampling: S
            banned: tuple[torch.Tensor, list[int]] | None = None, with_logprobs: bool = False):
     """The next token of each row.
 
-    hidden: [B, dim]; weight: [this rank's vocabulary rows, dim]; vocab_ranges: (start, stop) of every rank.
+    hidden: [B, dim]; weight: [this rank's vocabulary rows, dim], as it is or `held`; vocab_ranges: (start, stop) of every rank.
     keys: (request [B], sample [B], position [B]) int64.  banned: ([B] bool, ids): rows that must not choose these ids (minimum length).
     Returns tokens [B] int64, and their log-probabilities [B] fp32 (at the sampling temperature; at 1 when greedy) or None.
     """
-    logits = hidden @ weight.t()
+    logits = product(hidden, weight)
     start, stop = vocab_ranges[groups.tp_rank()]
     if banned is not None:
         rows, ids = banned

@@ -450,26 +450,6 @@ def test_rows_do_not_see_each_other(name, world_of_one, tmp_path):
     assert (a[:3] - b[:3]).abs().max() > 1e-2
 
 
-def test_padded_and_packed_attention_agree_with_alibi(world_of_one):
-    """And both with softmax(q k / sqrt(d) - slope * distance): a constant per query, the form in the paper, changes nothing."""
-    from llama_rlhf.models.transformer import _padded_attention, alibi_bias, packed_attention
-    torch.manual_seed(0)
-    lengths, slopes = [5, 1, 9], torch.tensor([0.5, 0.25, 0.125])
-    q, k, v = (torch.randn(15, 3, 8) for _ in range(3))
-    bias = alibi_bias(slopes, 9, torch.float32)
-    a = packed_attention(q, k, v, lengths, None, None, bias)
-    b = _padded_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), lengths, False, None, bias)
-    assert (a - b).abs().max() < 1e-6
-    start = 0
-    for n in lengths:
-        for t in range(n):
-            scores = torch.einsum("hd,shd->hs", q[start + t], k[start:start + t + 1]) / 8 ** 0.5
-            scores = scores - slopes[:, None] * torch.arange(t, -1, -1)
-            wanted = torch.einsum("hs,shd->hd", scores.softmax(-1), v[start:start + t + 1])
-            assert (a[start + t] - wanted).abs().max() < 1e-5
-        start += n
-
-
 def test_alibi_slopes_of_published_head_counts():
     """8 heads: 1/2 .. 1/256 (the paper). 12 heads: those, then the odd powers of 16 heads' ratio 2^-1/2."""
     from llama_rlhf.models.transformer import alibi_slopes

@@ -62,16 +62,43 @@ def test_rows_do_not_see_each_other(world_of_one, tmp_path):
     assert not torch.equal(a[:3], b[:3])
 
 
-def test_padded_and_packed_attention_agree(world_of_one):
-    """CUDA takes the padded form, a CPU the packed one: one program, so they must be interchangeable."""
-    from llama_rlhf.models.transformer import _padded_attention, packed_attention
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("window", [None, 3])
+def test_every_form_of_attention_gives_the_same_values_and_gradients(world_of_one, monkeypatch, window, bias):
+    """Fused kernel or plain products, rows alone or on one grid: which one runs depends on device, dtype and lengths alone."""
+    from llama_rlhf.models import transformer
+    if window and bias:
+        pytest.skip("no family has both")
     torch.manual_seed(0)
-    lengths = [5, 1, 9]
-    q, k, v = (torch.randn(15, heads, 8) for heads in (4, 2, 2))
-    for window in (None, 3):
-        a = packed_attention(q, k, v, lengths, None, window)
-        b = _padded_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), lengths, True, window)
-        assert (a - b).abs().max() < 1e-6
+    lengths = [9, 8, 9, 5, 1, 2]
+    inputs = [torch.randn(sum(lengths), heads, 8, requires_grad=True) for heads in (4, 2, 2)]
+    weight, slopes = torch.randn(sum(lengths), 4, 8), torch.tensor([0.5, 0.25, 0.125, 0.1])
+    added = transformer.alibi_bias(slopes, 9, torch.float32) if bias else None
+    results = []
+    for short in ({torch.float32: 256}, {}):
+        for cells in (1 << 20, 1):
+            monkeypatch.setattr(transformer, "_SHORT", short)
+            monkeypatch.setattr(transformer, "_GRID_CELLS", cells)
+            rows = transformer.Rows.packed(lengths)
+            assert [grid.n_rows for grid in rows.grids] == ([3, 1, 1, 1] if cells > 1 else [1] * 6)
+            out = transformer.packed_attention(*inputs, rows, None, window, added)
+            results.append([out, *torch.autograd.grad((out * weight).sum(), inputs)])
+    q, k, v = inputs
+    wanted, start = [], 0
+    for n in lengths:
+        here = slice(start, start + n)
+        distance = torch.arange(n)[:, None] - torch.arange(n)
+        scores = torch.einsum("ihd,jhd->hij", q[here], k[here].repeat_interleave(2, 1)) / 8 ** 0.5
+        if bias:
+            scores = scores - slopes[:, None, None] * distance
+        scores = scores.masked_fill((distance < 0) | (distance >= (window or n)), -torch.inf)
+        wanted.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v[here].repeat_interleave(2, 1)))
+        start += n
+    wanted = torch.cat(wanted)
+    wanted = [wanted, *torch.autograd.grad((wanted * weight).sum(), inputs)]
+    for result in results:
+        for a, b in zip(result, wanted):
+            assert (a - b).abs().max() < 1e-5
 
 
 def test_presets_have_the_published_parameter_counts():

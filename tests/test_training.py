@@ -135,10 +135,12 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(world_of_one):
         trainer.step([0], bad, lambda _: 1)
 
 
-def test_chunked_logprobs_and_entropy_equal_the_dense_formula(world_of_one, monkeypatch):
+@pytest.mark.parametrize("chunk, block", [(500, 300), (1 << 20, 300), (1 << 20, 1 << 20)])
+def test_chunked_logprobs_and_entropy_equal_the_dense_formula(world_of_one, monkeypatch, chunk, block):
+    """Several chunks of 3 rows; one chunk, kept for backward, in blocks of 2 rows; all at once."""
     from llama_rlhf import losses
-    monkeypatch.setattr(losses, "_CHUNK_BYTES", 500)
-    monkeypatch.setattr(losses, "_MIN_CHUNK", 3)
+    monkeypatch.setattr(losses, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(losses, "_BLOCK_BYTES", block)
     torch.manual_seed(0)
     hidden, weight = torch.randn(11, 8, requires_grad=True), torch.randn(37, 8, requires_grad=True)
     targets, a, b = torch.randint(0, 37, (11,)), torch.randn(11), torch.randn(11)
@@ -200,3 +202,32 @@ def test_two_all_reduces_per_layer_each_way(tmp_path):
     make_hf(tmp_path, "llama")          # 2 layers
     assert run_ranks(2, collectives, str(tmp_path), -1) == [(2 * 2 + 1 + 2, 2 * 2 + 1)] * 2
     assert run_ranks(2, collectives, str(tmp_path), 4) == [(2 * 2 + 1 + 2, 2 * 2 + 1 - 1)] * 2
+
+
+def generation_leaves_weights_alone(folder):
+    """On every rank: are the weights the same after generating, and the tokens those of the unmerged, unpacked program?"""
+    from llama_rlhf.checkpoint.shards import load_model
+    from llama_rlhf.generation import generate
+    from llama_rlhf.parallel import groups, layers
+    from llama_rlhf.parallel.layers import Lora
+    groups.initialize(device="cpu")
+    model = load_model(folder, lora=Lora(3, 8.0), seed=3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("lora_b"):
+                p.normal_(generator=torch.Generator().manual_seed(5))
+    before = [p.detach().clone() for p in model.parameters()]
+    options = dict(eos_ids=(), max_new_tokens=12, max_batch_size=3)
+    held = generate(model, [row for row, _ in ROWS], **options)
+    free, layers.groups.free_memory = layers.groups.free_memory, lambda: 0       # nothing may be copied now
+    plain = generate(model, [row for row, _ in ROWS], **options)
+    layers.groups.free_memory = free
+    groups.shutdown()
+    return all(torch.equal(a, b) for a, b in zip(before, model.parameters())), [row[0].tokens for row in held], [row[0].tokens for row in plain]
+
+
+def test_generation_with_prepared_weights_gives_the_same_tokens_and_changes_no_weight(tmp_path):
+    make_hf(tmp_path, "llama")
+    for n in (1, 2):
+        for same, held, plain in run_ranks(n, generation_leaves_weights_alone, str(tmp_path)):
+            assert same and held == plain

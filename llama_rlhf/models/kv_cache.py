@@ -1,9 +1,11 @@
-"""Preallocated key/value cache: slots x heads x positions, one pair of tensors per layer. Nothing grows, nothing is copied."""
+"""Key/value cache: slots x heads x positions, one pair of tensors per layer."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+_GROWTH = 64        # positions
 
 
 class KVCache:
@@ -13,24 +15,38 @@ class KVCache:
         begin_prefill(slots, lengths)   rows from position 0, packed, any lengths
         begin_decode(lengths)           one token for each of slots 0..B-1, at position lengths[b]
     Slots in use are kept at the front (see `move`), so decoding reads a view and never gathers.
+    On a GPU all of it is allocated at once and nothing is copied. On a CPU there are only as many positions as the longest row
+    needs, and some: matrix products there want one block without gaps, and take half the time for it.
     stretch: [n_slots], set by models whose rotary base was chosen at prefill; it stays with the row.
     """
 
     def __init__(self, n_layers: int, n_slots: int, n_heads: int, max_len: int, head_dim: int, *, dtype, device):
-        shape = (n_slots, n_heads, max_len, head_dim)
+        self._on_cpu = torch.device(device).type == "cpu"
+        shape = (n_slots, n_heads, 0 if self._on_cpu else max_len, head_dim)
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
-        self.n_slots, self.max_len = n_slots, max_len
+        self.n_slots, self.max_len, self.peak_bytes = n_slots, max_len, 0
         self.decoding = False
         self.stretch: torch.Tensor | None = None
+        self._make_room(0)
 
-    @property
-    def n_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self.k, *self.v))
+    def _make_room(self, n: int) -> None:
+        """At least n positions; on a CPU not many more."""
+        held = self.k[0].shape[2]
+        if self._on_cpu and (n > held or n + 2 * _GROWTH < held):
+            room = min(self.max_len, -(-n // _GROWTH) * _GROWTH)
+            kept = min(held, room)
+            for caches in (self.k, self.v):
+                for i, old in enumerate(caches):        # one at a time: the old one is freed before the next is made
+                    caches[i] = old.new_zeros(*old.shape[:2], room, old.shape[3])
+                    caches[i][:, :, :kept] = old[:, :, :kept]
+        self.peak_bytes = max(self.peak_bytes, sum(t.nbytes for t in (*self.k, *self.v)))
 
     def begin_prefill(self, slots: list[int], lengths: list[int]) -> None:
+        """Rows of these lengths will be written to these slots; the other slots keep what they have."""
         if max(lengths) > self.max_len:
             raise ValueError(f"a prompt of {max(lengths)} tokens does not fit the cache of {self.max_len} positions")
+        self._make_room(max(max(lengths), self.k[0].shape[2]))
         self.decoding, self.slots, self._spans, start = False, slots, [], 0
         for slot, n in zip(slots, lengths):
             self._spans.append((slot, start, n))
@@ -46,24 +62,33 @@ class KVCache:
         """lengths: [B] tokens already cached in slots 0..B-1; longest: their maximum, known to the host."""
         if longest >= self.max_len:
             raise ValueError(f"the cache of {self.max_len} positions is full")
-        self.decoding = True
-        self._batch, self._span = len(lengths), min(self.max_len, (longest + 32) // 32 * 32)
-        self._row, self._at = torch.arange(self._batch, device=lengths.device), lengths
+        self._make_room(longest + 1)
+        n, (_, n_heads, room, _) = len(lengths), self.k[0].shape
+        self.decoding, self._batch, self._at = True, n, lengths
+        self._span = room if self._on_cpu else min(self.max_len, (longest + 32) // 32 * 32)
+        heads = torch.arange(n * n_heads, device=lengths.device).view(n, n_heads)
+        self._places = (heads * room + lengths[:, None]).flatten()          # of this step's keys among all positions
         self._masks: dict[int | None, torch.Tensor] = {}
 
     def _mask(self, window: int | None, slopes: torch.Tensor | None, n_kv_heads: int) -> torch.Tensor:
-        """What this step's queries see, made once per step: bool [B, 1, 1, span]; with ALiBi its biases [B, Hkv, H/Hkv, span]."""
+        """What this step's queries see, added to the scores, made once per step: [B, 1, 1, span]; with ALiBi [B, Hkv, H/Hkv, span]."""
         if window not in self._masks:
             key = torch.arange(self._span, device=self._at.device)
-            mask = key <= self._at[:, None]
+            seen = key <= self._at[:, None]
             if window is not None:
-                mask &= self._at[:, None] - key < window
-            mask = mask[:, None, None]
-            if slopes is not None:
-                bias = (slopes[:, None] * key).to(self.k[0].dtype).unflatten(0, (n_kv_heads, -1))
-                mask = torch.where(mask, bias, -torch.inf)
+                seen &= self._at[:, None] - key < window
+            dtype = self.k[0].dtype
+            bias = torch.zeros((), dtype=dtype, device=key.device) if slopes is None else \
+                (slopes[:, None] * key).to(dtype).unflatten(0, (n_kv_heads, -1))
+            mask = torch.where(seen[:, None, None], bias, -torch.inf)
+            if self._multiplies(n_kv_heads):
+                mask = mask.expand(-1, n_kv_heads, -1, -1).flatten(0, 1)
             self._masks[window] = mask
         return self._masks[window]
+
+    def _multiplies(self, n_kv_heads: int) -> bool:
+        """Whether plain batched products are the faster attention: on a CPU, unless there are few of them."""
+        return self._on_cpu and self._batch * n_kv_heads >= 12
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None,
                slopes: torch.Tensor | None = None) -> torch.Tensor:
@@ -71,14 +96,16 @@ class KVCache:
 
         window: of this layer.  slopes: [H] ALiBi slopes of the query heads.
         """
-        cache_k, cache_v = self.k[layer], self.v[layer]
-        cache_k[self._row, :, self._at] = k
-        cache_v[self._row, :, self._at] = v
+        cache_k, cache_v, (_, n_kv_heads, d) = self.k[layer], self.v[layer], k.shape
+        cache_k.view(-1, d).index_copy_(0, self._places, k.reshape(-1, d))
+        cache_v.view(-1, d).index_copy_(0, self._places, v.reshape(-1, d))
         # the queries of one kv head form its "sequence": grouped attention without repeating keys
-        grouped = q.unflatten(1, (k.shape[1], -1))                           # [B, Hkv, H/Hkv, D]
-        out = F.scaled_dot_product_attention(grouped, cache_k[:self._batch, :, :self._span],
-                                             cache_v[:self._batch, :, :self._span], attn_mask=self._mask(window, slopes, k.shape[1]))
-        return out.flatten(1, 2)
+        grouped, mask = q.unflatten(1, (n_kv_heads, -1)), self._mask(window, slopes, n_kv_heads)     # [B, Hkv, H/Hkv, D]
+        cache_k, cache_v = cache_k[:self._batch, :, :self._span], cache_v[:self._batch, :, :self._span]
+        if self._multiplies(n_kv_heads):
+            scores = torch.baddbmm(mask, grouped.flatten(0, 1), cache_k.flatten(0, 1).transpose(1, 2), alpha=d ** -0.5)
+            return torch.bmm(scores.softmax(-1), cache_v.flatten(0, 1)).view(q.shape)
+        return F.scaled_dot_product_attention(grouped, cache_k, cache_v, attn_mask=mask).flatten(1, 2)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot to another."""

@@ -7,6 +7,7 @@ Families differ by switches of ModelConfig, never by name.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -39,6 +40,19 @@ class Places:
 
 
 @dataclass
+class Grid:
+    """Neighbouring rows of about one length, which attention computes together, padded on the right to the longest.
+
+    tokens: where they stand on the packed axis.  cells: [N] their places among rows x longest; None: they fill it.
+    """
+
+    n_rows: int
+    longest: int
+    tokens: slice
+    cells: torch.Tensor | None
+
+
+@dataclass
 class Rows:
     """How the packed token axis divides into rows.
 
@@ -53,6 +67,34 @@ class Rows:
     def packed(cls, lengths: list[int], device=None) -> "Rows":
         positions = torch.cat([torch.arange(n) for n in lengths]) if lengths else torch.zeros(0, dtype=torch.long)
         return cls(list(lengths), positions.to(device or groups.device()))
+
+    def by_length(self) -> tuple["Rows", torch.Tensor | None]:
+        """The same rows, longest first, and where their tokens stood: [T] (None: the order is the same)."""
+        order = sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i])
+        if order == list(range(len(order))):
+            return self, None
+        starts = torch.tensor([0, *self.lengths]).cumsum(0).tolist()
+        tokens = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in order]).to(self.positions.device)
+        return Rows([self.lengths[i] for i in order], self.positions[tokens]), tokens
+
+    @functools.cached_property
+    def grids(self) -> list[Grid]:
+        """On a GPU all rows share a grid: one kernel launch counts more than padding. On a CPU neighbours of similar length do."""
+        device, grids, first, start = self.positions.device, [], 0, 0
+        while first < len(self.lengths):
+            longest, last = self.lengths[first], first + 1
+            while last < len(self.lengths):
+                n = self.lengths[last]
+                similar = 0.7 * longest <= n <= longest and (last + 1 - first) * longest ** 2 <= _GRID_CELLS
+                if not (similar or self.positions.is_cuda):
+                    break
+                longest, last = max(longest, n), last + 1
+            lengths = self.lengths[first:last]
+            cells = None if min(lengths) == longest else \
+                torch.cat([torch.arange(n) + i * longest for i, n in enumerate(lengths)]).to(device)
+            grids.append(Grid(len(lengths), longest, slice(start, start + sum(lengths)), cells))
+            first, start = last, start + sum(lengths)
+        return grids
 
 
 class RMSNorm(nn.Module):
@@ -144,53 +186,88 @@ def alibi_bias(slopes: torch.Tensor, n: int, dtype: torch.dtype) -> torch.Tensor
     return torch.where(key <= key[:, None], (slopes[:, None, None] * key).to(dtype), -torch.inf)
 
 
-_SHORT = 64     # on a CPU a row up to this length costs less as part of a padded grid than as a call of its own
+# on a CPU, rows up to this length: plain matrix products beat the fused kernel, by most in backward (benchmarks/attention.py)
+_SHORT = {torch.bfloat16: 512, torch.float32: 256}
+_GRID_CELLS = 1 << 20       # scores per head of one grid
 
 
-def packed_attention(q, k, v, lengths: list[int], kv_of_query: torch.Tensor | None, window: int | None,
+class _Take(torch.autograd.Function):
+    """x[index] for an index without repetitions: backward copies, where torch would add."""
+
+    @staticmethod
+    def forward(ctx, x, index):
+        ctx.save_for_backward(index)
+        ctx.n = len(x)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        index, = ctx.saved_tensors
+        return grad.new_zeros(ctx.n, *grad.shape[1:]).index_copy_(0, index, grad), None
+
+
+class _ShortAttention(torch.autograd.Function):
+    """softmax(scale q k^T + bias) v by batched products; backward computes the probabilities again.
+
+    q: [N, G n, D] (the G queries of a kv head side by side); k, v: [N, n, D]; bias: broadcasts to [N, G n, n] -> [N, G n, D]
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias):
+        ctx.save_for_backward(q, k, v, bias)
+        return torch.bmm(_ShortAttention.probabilities(q, k, bias), v)
+
+    @staticmethod
+    def probabilities(q, k, bias):
+        return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, bias = ctx.saved_tensors
+        p = _ShortAttention.probabilities(q, k, bias)
+        d_v = torch.bmm(p.transpose(1, 2), grad)
+        d_p = torch.bmm(grad, v.transpose(1, 2))
+        d_scores = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype).mul_(q.shape[-1] ** -0.5)
+        return torch.bmm(d_scores, k), torch.bmm(d_scores.transpose(1, 2), q), d_v, None
+
+
+def packed_attention(q, k, v, rows: Rows, kv_of_query: torch.Tensor | None, window: int | None,
                      bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Causal attention inside each row. q: [T, H, D]; k, v: [T, Hkv, D] -> [T, H, D]. No mask tensor.
+    """Causal attention inside each row. q: [T, H, D]; k, v: [T, Hkv, D] -> [T, H, D].
 
     kv_of_query: [H] index of each query's kv head when the grouping is not uniform on this rank, else None.
     bias: [H, n, n] for the longest row's n, added to the scores; it holds the causal mask (ALiBi).
     """
     if kv_of_query is not None:
         k, v = k[:, kv_of_query], v[:, kv_of_query]
-    q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)     # [H, T, D]
-    grouped = q.shape[0] != k.shape[0]
-    if q.dtype == torch.bfloat16 and not q.is_cuda and not torch.is_inference_mode_enabled():
-        # training and scoring on a CPU: the bf16 kernel's backward is slower than the fp32 one and both casts together
-        return packed_attention(q.transpose(0, 1).float(), k.transpose(0, 1).float(), v.transpose(0, 1).float(), lengths, None, window,
-                                None if bias is None else bias.float()).to(torch.bfloat16)
-    if len(lengths) > 1 and (q.is_cuda or max(lengths) <= _SHORT):
-        return _padded_attention(q, k, v, lengths, grouped, window, bias)
-    out, start = [], 0
-    for n in lengths:
-        qi, ki, vi = (x[None, :, start:start + n] for x in (q, k, v))
-        if bias is not None:
-            out.append(F.scaled_dot_product_attention(qi, ki, vi, attn_mask=bias[None, :, :n, :n], enable_gqa=grouped))
-        elif window is None or n <= window:
-            out.append(F.scaled_dot_product_attention(qi, ki, vi, is_causal=True, enable_gqa=grouped))
+    out = [_grid_attention(q[grid.tokens], k[grid.tokens], v[grid.tokens], grid, window, bias) for grid in rows.grids]
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def _grid_attention(q, k, v, grid: Grid, window: int | None, bias: torch.Tensor | None) -> torch.Tensor:
+    """The same for the rows of one grid. Right padding needs no mask: causality already hides later tokens, and the padded
+    queries are dropped."""
+    n_rows, n, n_kv_heads = grid.n_rows, grid.longest, k.shape[1]
+    if grid.cells is not None:
+        q, k, v = (x.new_zeros(n_rows * n, *x.shape[1:]).index_copy(0, grid.cells, x) for x in (q, k, v))
+    q, k, v = (x.unflatten(0, (n_rows, n)).transpose(1, 2) for x in (q, k, v))                      # [rows, H, n, D]
+    windowed = window is not None and n > window
+    if q.is_cuda or n > _SHORT.get(q.dtype, 0):
+        dtype = q.dtype
+        if dtype == torch.bfloat16 and not q.is_cuda and not torch.is_inference_mode_enabled():
+            q, k, v = q.float(), k.float(), v.float()       # on a CPU the bf16 kernel's backward is the slower one (benchmarks/attention.py)
+        mask = _window_mask(n, window, q.device) if windowed else None if bias is None else bias[:, :n, :n].to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != n_kv_heads).to(dtype)
+    else:
+        group = q.shape[1] // n_kv_heads
+        if bias is None:
+            seen = _window_mask(n, window if windowed else n, q.device)
+            mask = torch.zeros((), dtype=q.dtype).where(seen, -torch.inf).repeat(group, 1).expand(n_rows * n_kv_heads, -1, -1)
         else:
-            out.append(F.scaled_dot_product_attention(qi, ki, vi, attn_mask=_window_mask(n, window, q.device),
-                                                      enable_gqa=grouped))
-        start += n
-    return (torch.cat(out, 2) if len(out) > 1 else out[0])[0].transpose(0, 1)
-
-
-def _padded_attention(q, k, v, lengths, grouped, window, bias=None):
-    """The same on a [rows, longest] grid: one kernel launch instead of one per row. Right padding needs no mask:
-    causality already hides later tokens, and the padded queries are dropped."""
-    longest = max(lengths)
-    index = torch.cat([torch.arange(n) + i * longest for i, n in enumerate(lengths)]).to(q.device)
-
-    def grid(x):                                                            # [H, T, D] -> [rows, H, longest, D]
-        full = x.new_zeros(x.shape[0], len(lengths) * longest, x.shape[-1]).index_copy(1, index, x)
-        return full.unflatten(1, (len(lengths), longest)).transpose(0, 1)
-
-    mask = bias if window is None or longest <= window else _window_mask(longest, window, q.device)
-    out = F.scaled_dot_product_attention(grid(q), grid(k), grid(v), attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-    return out.transpose(0, 1).flatten(1, 2)[:, index].transpose(0, 1)
+            mask = bias[:, :n, :n].to(q.dtype).reshape(n_kv_heads, group * n, n).repeat(n_rows, 1, 1)
+        out = _ShortAttention.apply(q.reshape(n_rows * n_kv_heads, group * n, -1), k.flatten(0, 1), v.flatten(0, 1), mask).view(q.shape)
+    out = out.transpose(1, 2).flatten(0, 1)
+    return out if grid.cells is None else _Take.apply(out, grid.cells)
 
 
 def _window_mask(n: int, window: int, device) -> torch.Tensor:
@@ -233,7 +310,7 @@ class Attention(nn.Module):
             q = q * places.query_scale
         mapping = None if self.kv_of_query is None else torch.tensor(self.kv_of_query, device=x.device)
         if cache is None:
-            out = packed_attention(q, k, v, rows.lengths, mapping, self.window, places.bias)
+            out = packed_attention(q, k, v, rows, mapping, self.window, places.bias)
         else:
             if mapping is not None:         # uneven heads: the cache keeps one kv head per query head, copied once, here
                 k, v, mapping = k[:, mapping], v[:, mapping], None
@@ -241,7 +318,7 @@ class Attention(nn.Module):
                 out = cache.attend(layer, q, k, v, self.window, places.slopes)
             else:
                 cache.write(layer, k, v)
-                out = packed_attention(q, k, v, rows.lengths, mapping, self.window, places.bias)
+                out = packed_attention(q, k, v, rows, mapping, self.window, places.bias)
         return self.wo(out.flatten(1))
 
 
@@ -308,6 +385,10 @@ class Transformer(nn.Module):
 
         In evaluation mode (`model.eval()`) models that re-scale positions beyond their training length do so.
         """
+        order = None
+        if cache is None:       # neighbours of similar length attend together
+            rows, order = rows.by_length()
+            tokens = tokens if order is None else tokens[order]
         places = self._places(rows, cache)
         x = self.tok_embeddings(tokens)
         if self.tok_norm is not None:
@@ -318,7 +399,8 @@ class Transformer(nn.Module):
                                                       preserve_rng_state=False)
             else:
                 x = block(x, rows, places, cache, i)
-        return self.norm(x)
+        x = self.norm(x)
+        return x if order is None else _Take.apply(x, order.argsort())
 
     def _places(self, rows: Rows, cache: KVCache | None) -> Places:
         config, device = self.config, rows.positions.device

@@ -103,6 +103,18 @@ def release_freed_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+def free_memory() -> int:
+    """Bytes that this process may still take, its neighbours on this machine taking as much."""
+    if device().type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        with open("/proc/meminfo") as file:
+            available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 1 << 62
+    return available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def shutdown() -> None:
     """Leave the groups; a later `initialize` may start others."""
     if dist.is_initialized():
