@@ -186,8 +186,8 @@ def alibi_bias(slopes: torch.Tensor, n: int, dtype: torch.dtype) -> torch.Tensor
     return torch.where(key <= key[:, None], (slopes[:, None, None] * key).to(dtype), -torch.inf)
 
 
-# on a CPU, rows up to this length: plain matrix products beat the fused kernel, by most in backward (benchmarks/attention.py)
-_SHORT = {torch.bfloat16: 512, torch.float32: 256}
+# on a CPU, rows up to this length: plain matrix products beat the fused kernel, by most in backward (benchmarks/kernels.py)
+_SHORT = {torch.bfloat16: 512, torch.float32: 160}
 _GRID_CELLS = 1 << 20       # scores per head of one grid
 
 
@@ -255,7 +255,7 @@ def _grid_attention(q, k, v, grid: Grid, window: int | None, bias: torch.Tensor 
     if q.is_cuda or n > _SHORT.get(q.dtype, 0):
         dtype = q.dtype
         if dtype == torch.bfloat16 and not q.is_cuda and not torch.is_inference_mode_enabled():
-            q, k, v = q.float(), k.float(), v.float()       # on a CPU the bf16 kernel's backward is the slower one (benchmarks/attention.py)
+            q, k, v = q.float(), k.float(), v.float()       # on a CPU the bf16 kernel's backward is the slower one (benchmarks/kernels.py)
         mask = _window_mask(n, window, q.device) if windowed else None if bias is None else bias[:, :n, :n].to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != n_kv_heads).to(dtype)
     else:

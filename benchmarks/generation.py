@@ -1,0 +1,154 @@
+"""Generation beside transformers' `generate`, and beside the floor; same weights, prompts and lengths, outputs compared first.
+
+    python benchmarks/generation.py --model DIR [--what decode,job,samples] [--dtype bf16] [--n_questions 256]
+
+DIR: a Hugging Face folder, e.g. made by checkpoint_split.py --format hf. The sides alternate (ours, theirs, theirs, ours); a ratio is
+the median over such pairs.
+  decode   tokens per second while decoding alone, at 1, 16 and 64 rows of 100 tokens, every row 64 new tokens. Floor: the model's own
+           linear layers at that batch, by F.linear, nothing else.
+  job      GSM8K questions with chat template, greedy, natural stopping: wall time for all, and the part of decode rows that was useful.
+  samples  8 samples of each of 32 questions, temperature 1.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+import torch.nn.functional as F
+import transformers
+
+from llama_rlhf.checkpoint.shards import load_model
+from llama_rlhf.data import encode_prompt
+from llama_rlhf.generation import Statistics, generate
+from llama_rlhf.parallel import groups
+from llama_rlhf.sampling import Sampling
+from llama_rlhf.tasks import get_task
+from llama_rlhf.tokenizer import load_tokenizer
+
+
+def theirs(model, prompts, *, max_new_tokens, batch, eos=None, cache=None, **options):
+    """Static batches of `batch` prompts, the longest first, left padding: their best order. Returns token lists in the given order."""
+    order, results = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])), {}
+    for start in range(0, len(order), batch):
+        part = order[start:start + batch]
+        longest = max(len(prompts[i]) for i in part)
+        ids = torch.tensor([[0] * (longest - len(prompts[i])) + prompts[i] for i in part])
+        mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in part])
+        model.generation_config.eos_token_id = list(eos) if eos else None      # None: no row ends early, and nothing is looked for
+        with torch.inference_mode():
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=0, cache_implementation=cache,
+                                 **({"do_sample": False} | options))
+        n = options.get("num_return_sequences", 1)
+        for place, i in enumerate(part):
+            for row in out[place * n:(place + 1) * n, longest:].tolist():
+                end = next((t + 1 for t, token in enumerate(row) if eos and token in eos), len(row))
+                results.setdefault(i, []).append(row[:end])
+    return [results[i] for i in range(len(prompts))]
+
+
+def ours(model, prompts, *, max_new_tokens, batch, eos=(), statistics=None, **options):
+    rows = generate(model, prompts, eos_ids=tuple(eos), max_new_tokens=max_new_tokens, max_batch_size=batch, statistics=statistics, **options)
+    return [[sample.tokens for sample in row] for row in rows]
+
+
+def timed(call):
+    start = time.perf_counter()
+    result = call()
+    return time.perf_counter() - start, result
+
+
+def alternate(a, b, pairs):
+    """Seconds of a and b, a b b a ...: ([(a, b), ...], last results)"""
+    seconds = []
+    for i in range(pairs):
+        first, second = (a, b) if i % 2 == 0 else (b, a)
+        x, last_x = timed(first)
+        y, last_y = timed(second)
+        seconds.append((x, y) if i % 2 == 0 else (y, x))
+    return seconds, ((last_x, last_y) if (pairs - 1) % 2 == 0 else (last_y, last_x))
+
+
+def show(name, seconds, extra=""):
+    ratios = [b / a for a, b in seconds]
+    print(f"{name}: ours {statistics.median(a for a, _ in seconds):.2f} s, transformers {statistics.median(b for _, b in seconds):.2f} s: "
+          f"{statistics.median(ratios):.2f} times as fast (pairs {', '.join(f'{r:.2f}' for r in ratios)}){extra}", flush=True)
+
+
+def floor(model, batch):
+    """Seconds that the model's linear layers alone take for one step."""
+    weights = [m.weight for m in model.modules() if hasattr(m, "held")] + [model.head_weight]
+    inputs = {w.shape[1]: torch.randn(batch, w.shape[1], dtype=w.dtype) for w in weights}
+    with torch.inference_mode():
+        return min(timed(lambda: [F.linear(inputs[w.shape[1]], w) for w in weights])[0] for _ in range(8))
+
+
+def decode(model, peer, args):
+    generator = torch.Generator().manual_seed(0)
+    for batch in (1, 16, 64):
+        prompts = torch.randint(100, 40000, (batch, 100), generator=generator).tolist()
+        # the time of 8 tokens is taken off: prefill and preparations, on both sides
+        both = [[], []]
+        for side, call, model_ in ((0, ours, model), (1, theirs, peer)):
+            call(model_, prompts, max_new_tokens=2, batch=batch)
+        for i in range(args.pairs):
+            for side in ((0, 1), (1, 0))[i % 2]:
+                call, model_ = ((ours, model), (theirs, peer))[side]
+                long, short = (timed(lambda n=n: call(model_, prompts, max_new_tokens=n, batch=batch))[0] for n in (72, 8))
+                both[side].append((long - short) / 64)
+        least = floor(model, batch)
+        rates = [batch / statistics.median(steps) for steps in both]
+        print(f"decode {batch:2d} rows: ours {rates[0]:.1f} tok/s, transformers {rates[1]:.1f}: {statistics.median(b / a for a, b in zip(*both)):.2f} "
+              f"times as fast; the floor is {batch / least:.1f} tok/s: {rates[0] * least / batch:.0%} of it", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--what", default="decode,job,samples")
+    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--label_file", default=os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "dataset/GSM8K/test.json"))
+    parser.add_argument("--n_questions", type=int, default=256)
+    parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--cache", default=None, help="of the peer: None (dynamic) or static")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    groups.initialize(device="cpu" if not torch.cuda.is_available() else None)
+    torch.set_num_threads(args.threads)
+    model = load_model(args.model, dtype=groups.default_dtype(args.dtype))
+    peer = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=model.dtype).to(groups.device()).eval()
+    tokenizer = load_tokenizer(args.model)
+    prompts = [encode_prompt(tokenizer, problem.prompt, use_chat_template=True) for problem in get_task("GSM8K").load(args.label_file)[:args.n_questions]]
+    mine = ours(model, prompts[:8], max_new_tokens=16, batch=8, eos=tokenizer.eos_ids)
+    same = sum(a == b for a, b in zip(mine, theirs(peer, prompts[:8], max_new_tokens=16, batch=8, eos=tokenizer.eos_ids)))
+    print(f"outputs compared: {same} of 8 greedy answers of 16 tokens are the same ({args.dtype})", flush=True)
+    if "decode" in args.what:
+        decode(model, peer, args)
+    if "job" in args.what:
+        facts = Statistics()
+        options = dict(max_new_tokens=args.max_new_tokens, batch=args.batch, eos=tokenizer.eos_ids)
+        seconds, (a, b) = alternate(lambda: ours(model, prompts, **options, statistics=facts), lambda: theirs(peer, prompts, **options, cache=args.cache), max(1, args.pairs // 2))
+        same = sum(x == y for x, y in zip(a, b))
+        tokens = [sum(len(row[0]) for row in side) for side in (a, b)]
+        show(f"{len(prompts)} questions", seconds, f"; {same} texts the same, {tokens[0]} and {tokens[1]} tokens; "
+             f"{facts.decode_rows / max(1, facts.slot_steps):.1%} of our slots x steps gave a token")
+    if "samples" in args.what:
+        few, options = prompts[:32], dict(max_new_tokens=128, batch=args.batch, eos=tokenizer.eos_ids)
+        seconds, (a, b) = alternate(lambda: ours(model, few, **options, n_samples=8, sampling=Sampling(temperature=1.0)),
+                                    lambda: theirs(peer, few, **(options | {"batch": args.batch // 8}), do_sample=True, temperature=1.0, top_k=0, num_return_sequences=8),
+                                    max(1, args.pairs // 2))
+        tokens = [sum(len(sample) for row in side for sample in row) for side in (a, b)]
+        rates = [f"{n / statistics.median(s[i] for s in seconds):.0f}" for i, n in enumerate(tokens)]
+        ratio = statistics.median((tokens[0] / x) / (tokens[1] / y) for x, y in seconds)
+        print(f"8 samples of {len(few)} questions: ours {rates[0]} tok/s, transformers {rates[1]}: {ratio:.2f} times as fast ({tokens[0]} and {tokens[1]} tokens)", flush=True)
+    groups.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Why the program multiplies and attends as it does: its forms beside torch's usual ones, on this machine.
+
+    python benchmarks/kernels.py [--threads 2]
+
+Three tables, microseconds (best of several): one step's linear layers of SmolLM2-135M by F.linear and by `layers.held` weights;
+decode attention by the fused kernel and by batched products on a cache without gaps; causal attention forward + backward by
+the fused kernel (a row at a time, in bf16 and in fp32) and as the model computes it.
+"""
+
+import argparse
+import os
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import torch
+import torch.nn.functional as F
+
+from llama_rlhf.models.transformer import Rows, packed_attention
+from llama_rlhf.parallel import groups
+from llama_rlhf.parallel.layers import held, product
+
+DIM, FFN, HEADS, KV_HEADS, D, LAYERS, VOCAB = 576, 1536, 9, 3, 64, 30, 49152
+
+
+def best(call, n=12):
+    for _ in range(2):
+        call()
+    times = []
+    for _ in range(n):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times) * 1e6
+
+
+def linears(dtype, batch):
+    """One decode step: every linear layer and the head, each with weights of its own."""
+    shapes = [((HEADS + 2 * KV_HEADS) * D, DIM), (DIM, DIM), (2 * FFN, DIM), (DIM, FFN)] * LAYERS + [(VOCAB, DIM)]
+    weights = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    inputs = {n: torch.randn(batch, n, dtype=dtype) for n in (DIM, FFN)}
+    packed = [held(w, batch) for w in weights]
+    usual = best(lambda: [F.linear(inputs[w.shape[1]], w) for w in weights])
+    return usual, best(lambda: [product(inputs[shape[1]], w) for shape, w in zip(shapes, packed)])
+
+
+def decode_attention(dtype, batch, span):
+    caches = [torch.randn(batch * KV_HEADS, span, D, dtype=dtype) for _ in range(2 * LAYERS)]
+    q, mask = torch.randn(batch, KV_HEADS, HEADS // KV_HEADS, D, dtype=dtype), torch.zeros(batch, 1, 1, span, dtype=dtype)
+    wide = mask.expand(-1, KV_HEADS, -1, -1).flatten(0, 1)
+    pairs = list(zip(caches[::2], caches[1::2]))
+    shape = batch, KV_HEADS, span, D
+    fused = best(lambda: [F.scaled_dot_product_attention(q, k.view(shape), v.view(shape), attn_mask=mask) for k, v in pairs])
+    return fused, best(lambda: [torch.bmm(torch.baddbmm(wide, q.flatten(0, 1), k.transpose(1, 2), alpha=D ** -0.5).softmax(-1), v) for k, v in pairs])
+
+
+def training_attention(dtype, lengths):
+    q, k, v = (torch.randn(sum(lengths), h, D, dtype=dtype, requires_grad=True) for h in (HEADS, KV_HEADS, KV_HEADS))
+    grad, rows = torch.randn(sum(lengths), HEADS, D, dtype=dtype), Rows.packed(lengths)
+
+    def fused(cast):
+        out, start = [], 0
+        for n in lengths:
+            row = (x[None, start:start + n].transpose(1, 2).to(cast) for x in (q, k, v))
+            out.append(F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+            start += n
+        torch.cat(out).to(dtype).backward(grad)
+
+    return best(lambda: fused(dtype)), best(lambda: fused(torch.float32)), best(lambda: packed_attention(q, k, v, rows, None, None).backward(grad))
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    groups.initialize(device="cpu")
+    torch.set_num_threads(args.threads)
+    with torch.inference_mode():
+        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+            for batch in (1, 16, 64):
+                usual, ours = linears(dtype, batch)
+                print(f"{name} linear layers of a step, {batch:2d} rows: F.linear {usual:7.0f}, held {ours:7.0f}: {usual / ours:.2f} times as fast", flush=True)
+        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+            for batch, span in ((16, 128), (64, 128), (64, 320)):
+                fused, ours = decode_attention(dtype, batch, span)
+                print(f"{name} decode attention, {batch} rows x {span}: fused {fused:7.0f}, products {ours:7.0f}: {fused / ours:.2f}", flush=True)
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        for lengths in ([64] * 16, [128] * 16, [180, 140, 234, 120, 110, 109], [512, 400]):
+            fused, in_fp32, ours = training_attention(dtype, lengths)
+            print(f"{name} attention forward and backward, {len(lengths)} rows of {min(lengths)} to {max(lengths)}: fused {fused:6.0f}, "
+                  f"fused in fp32 {in_fp32:6.0f}, ours {ours:6.0f}: {min(fused, in_fp32) / ours:.2f}", flush=True)
+    groups.shutdown()
+
+
+if __name__ == "__main__":
+    main()
