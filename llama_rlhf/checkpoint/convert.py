@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -118,18 +119,17 @@ class NativeView:
 
     wanted: native name -> Piece (full shape, cut dimension) of every tensor the model needs.
     optional: native names that may be absent (new adapters, a new value head).
-    merge_lora: alpha / rank of adapters in the checkpoint to be added into their base weights, or None.
+    merge_lora: alpha / rank of adapters, among `wanted`, to be added into their base weights, or None.
+    absent: gives the whole of a tensor that the checkpoint lacks, when such a one is read.
     """
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, wanted: dict[str, Piece], *, optional=frozenset(),
-                 ignored=frozenset(), merge_lora: float | None = None):
-        self.checkpoint, self.config, self.wanted, self.merge_lora = checkpoint, config, wanted, merge_lora
+                 ignored=frozenset(), merge_lora: float | None = None, absent: Callable[[str], torch.Tensor] | None = None):
+        self.checkpoint, self.config, self.wanted, self.merge_lora, self._absent = checkpoint, config, wanted, merge_lora, absent
         self.infos = checkpoint.files[0].infos if checkpoint.kind == "shards" else checkpoint.infos
         self._choose_layout()
         self.missing = {name for name in wanted if self._source(name).name not in self.infos}
         used = {self._source(name).name for name in wanted}
-        if merge_lora is not None:
-            used |= {name for name in self.infos if name.endswith((".lora_a", ".lora_b"))}
         if config.tie_embeddings:
             used.add(self._source("output.weight").name)    # some exporters save the tied head again
         left = sorted(name for name in self.infos.keys() - used if not _IGNORED.fullmatch(name) and name not in ignored)
@@ -195,22 +195,27 @@ class NativeView:
     def dtype(self, native: str) -> torch.dtype:
         return self.infos[self._source(native).name].dtype
 
-    def read(self, native: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows (or columns: the tensor's own cut dimension) start..stop of a native tensor; all of it when replicated."""
+    def read(self, native: str, start: int = 0, stop: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Rows (or columns: the tensor's own cut dimension) start..stop of a native tensor; all of it when replicated.
+
+        dtype: None keeps the stored one. A weight with its adapter is their sum in fp32, rounded once.
+        """
         piece = self.wanted[native]
         dim = piece.dim or 0
         stop = piece.shape[dim] if stop is None else stop
         x = self._read(native, dim, start, stop)
-        if self.merge_lora is not None and native.endswith(".weight"):
-            a, b = (f"{native.removesuffix('.weight')}.lora_{half}" for half in "ab")
-            if a in self.infos:
-                rows = (start, stop) if dim == 0 else (0, piece.shape[0])
-                columns = (start, stop) if dim == 1 else (0, piece.shape[1])
-                delta = self._read_lora(b, 0, *rows).float() @ self._read_lora(a, 1, *columns).float()
-                x = (x.float() + self.merge_lora * delta).to(x.dtype)      # one rounding; never subtracted again
-        return x
+        dtype = dtype or x.dtype
+        a, b = (f"{native.removesuffix('.weight')}.lora_{half}" for half in "ab")
+        if self.merge_lora is not None and native.endswith(".weight") and a in self.wanted:
+            rows = (start, stop) if dim == 0 else (0, piece.shape[0])
+            columns = (start, stop) if dim == 1 else (0, piece.shape[1])
+            delta = self._read(b, 0, *rows).float() @ self._read(a, 1, *columns).float()
+            x = delta.mul_(self.merge_lora).add_(x)
+        return x.to(dtype)
 
     def _read(self, native, dim, start, stop):
+        if native in self.missing:
+            return self._absent(native).narrow(dim, start, stop - start)
         if self.checkpoint.kind == "shards":
             return _read_shards(self.checkpoint.files, native, dim, start, stop, self._cut(native))
         x = self._read_block(self._source(native), self.wanted[native].shape, dim, start, stop)
@@ -235,16 +240,6 @@ class NativeView:
         if source.parts == 1 and not source.stacked:
             return read(name, dim, start, stop)
         return read(name, 0, first, first + shape[0]).narrow(dim, start, stop - start)
-
-    def _read_lora(self, name, dim, start, stop):
-        if self.checkpoint.kind != "shards":
-            return self.checkpoint.read(name, dim, start, stop)
-        files = self.checkpoint.files
-        shapes = [file.infos[name].shape for file in files]
-        base = self.wanted[name.rpartition(".")[0] + ".weight"]
-        # A follows the input, B the output of its base: one of the two is cut as the base is, the other is replicated
-        cut = base.dim if len(files) > 1 and base.dim == (1 if name.endswith("lora_a") else 0) else None
-        return _read_shards(files, name, dim, start, min(stop, shapes[0][dim]) if cut != dim else stop, cut)
 
 
 def _read_shards(files, name, dim, start, stop, cut):
