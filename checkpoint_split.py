@@ -3,7 +3,7 @@
     python checkpoint_split.py --ckpt_file /models/Llama-2-7b-hf --save_path /models/7b-8 --n 8
     python checkpoint_split.py --ckpt_file runs/sft --save_path /models/sft-hf --format hf --merge_lora --dtype bf16
 
-torchrun works too, but on older Pythons (3.11 among them) its own parser stumbles over --n: put -- before the script's name.
+torchrun works too; before Python 3.12.8 and 3.13.1 its own parser stumbles over --n: put -- before the script's name.
 """
 
 from llama_rlhf.cli import run

@@ -166,8 +166,6 @@ def generate(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, .
                     state[..., slot] = state[..., last]
             active.pop()
 
-    was_training = model.training
-    model.eval()
     try:
         with adapters_held(model, model.dtype):
             while waiting or active:
@@ -188,7 +186,6 @@ def generate(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, .
                 if on_step is not None:
                     on_step(total - len(waiting) - len(active), total)
     finally:
-        model.train(was_training)
         groups.release_freed_memory()
     stats.seconds += time.perf_counter() - began
     return results

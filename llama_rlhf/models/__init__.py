@@ -25,7 +25,7 @@ def llama3_scaling(factor: float) -> dict:
 
 
 def _qwen1(dim, n_layers, n_heads, ffn_dim, vocab, trained=None, **more):
-    """trained: the length beyond which evaluation re-scales."""
+    """trained: the length beyond which positions are re-scaled."""
     return _llama(dim, n_layers, n_heads, ffn_dim, vocab=vocab, eps=1e-6, family="qwen", qkv_bias=True, embedding_cut="vocab",
                   ntk_beyond=trained, logn_beyond=trained, **more)
 
