@@ -192,6 +192,10 @@ class NativeView:
                 f"{checkpoint.path}: {source.name} is {found} over {len(checkpoint.files)} file(s), the config asks for "
                 f"{expected}. A shard is missing, the folder mixes two models, or the config beside it is another model's.")
 
+    def stored_name(self, native: str) -> str:
+        """The tensor of the checkpoint that it comes from, or is a part of."""
+        return self._source(native).name
+
     def dtype(self, native: str) -> torch.dtype:
         return self.infos[self._source(native).name].dtype
 

@@ -302,6 +302,10 @@ class Rewrite:
             return torch.float32 if native in self._view.missing else self._view.dtype(native)
         return self._dtype or self._view.dtype(native)
 
+    def stored_name(self, native: str) -> str:
+        """The tensor of the source that it comes from, or is a part of."""
+        return self._view.stored_name(native)
+
     def nbytes(self, native: str) -> int:
         return torch.Size(self.pieces[native].shape).numel() * self.dtype(native).itemsize
 
