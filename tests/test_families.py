@@ -76,16 +76,16 @@ def test_the_hub_files_of_mixtral_are_a_union_with_joined_experts(world_of_one, 
     """consolidated.NN.pt: whole tensors spread over files, experts joined by rows, w2's blocks transposed, q and k native."""
     model = make_hf(tmp_path / "hf", "mixtral")
     natives, c = natives_of(tmp_path / "hf"), model.config
-    files = [{} for _ in range(3)]
+    files = [{} for _ in range(8)]
     for i, (native, x) in enumerate(natives.items()):
         if ".feed_forward." not in native:
-            files[i % 3][native] = x
+            files[i % 8][native] = x
     for n in range(c.num_hidden_layers):
         prefix, hub = f"layers.{n}.feed_forward", f"layers.{n}.block_sparse_moe"
         files[0][f"{hub}.gate.weight"] = natives[f"{prefix}.gate.weight"]
-        for i, x in ((1, 0), (3, 1)):
+        for i, x in ((1, 3), (3, 5)):
             files[x][f"{hub}.w{i}"] = torch.cat([natives[f"{prefix}.experts.{e}.w{i}.weight"] for e in range(c.num_local_experts)])
-        files[2][f"{hub}.w2"] = torch.cat([natives[f"{prefix}.experts.{e}.w2.weight"].t() for e in range(c.num_local_experts)])
+        files[7][f"{hub}.w2"] = torch.cat([natives[f"{prefix}.experts.{e}.w2.weight"].t() for e in range(c.num_local_experts)])
     os.makedirs(tmp_path / "hub")
     for i, tensors in enumerate(files):
         torch.save(tensors, tmp_path / "hub" / f"consolidated.{i:02d}.pt")
@@ -97,13 +97,15 @@ def test_the_hub_files_of_mixtral_are_a_union_with_joined_experts(world_of_one, 
     assert assert_same_model(tmp_path / "hub", tmp_path / "hf").family == "mixtral"
 
 
-@pytest.mark.parametrize("name", ["mixtral", "mistral-window"])
-def test_mistrals_own_files_are_read_and_its_params_written(name, world_of_one, tmp_path):
-    """One consolidated.00.pth with native names and rotary order; theta 1e4 without a key and with a window."""
+@pytest.mark.parametrize("name,file", [("mixtral", "consolidated.00.pth"), ("mistral-window", "consolidated.00.pth"),
+                                       ("mistral-window", "consolidated.safetensors")])
+def test_mistrals_own_files_are_read_and_its_params_written(name, file, world_of_one, tmp_path):
+    """One file, .pth or (v0.3) .safetensors, with native names and rotary order; theta 1e4 without a key and with a window."""
     from llama_rlhf.models import write_params
+    from safetensors.torch import save_file
     make_hf(tmp_path / "hf", name)
     os.makedirs(tmp_path / "tar")
-    torch.save(natives_of(tmp_path / "hf"), tmp_path / "tar" / "consolidated.00.pth")
+    (save_file if file.endswith(".safetensors") else torch.save)(natives_of(tmp_path / "hf"), tmp_path / "tar" / file)
     config = view_of(tmp_path / "hf").config
     params = write_params(config)
     assert {"dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size"} <= params.keys()
@@ -132,6 +134,23 @@ def test_metas_shards_are_read_with_either_cut_of_the_embedding(cut, theta, worl
         torch.save(shard, tmp_path / "meta" / f"consolidated.{i:02d}.pth")
     write_json(tmp_path / "meta" / "params.json", {**write_params(view.config), "vocab_size": -1})
     assert_same_model(tmp_path / "meta", tmp_path / "hf")
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_llama_3_2_holds_embedding_and_head_once(twice, world_of_one, tmp_path):
+    """Meta's params.json does not say so: output.weight is absent, or both names stand for the same bytes. Equal bytes that stand
+    there twice are two matrices."""
+    from llama_rlhf.models import llama3_scaling
+    from llama_rlhf.models.llama import write_params
+    make_hf(tmp_path / "hf", "llama-tied-scaled", rope_parameters={**llama3_scaling(32.0), "rope_theta": 5e5}, rms_norm_eps=1e-5)
+    natives, params = natives_of(tmp_path / "hf"), write_params(view_of(tmp_path / "hf").config)
+    for folder, head in (("meta", {"output.weight": natives["tok_embeddings.weight"]} if twice else {}),
+                         ("untied", {"output.weight": natives["tok_embeddings.weight"].clone()})):
+        os.makedirs(tmp_path / folder)
+        torch.save({**natives, **head}, tmp_path / folder / "consolidated.00.pth")
+        write_json(tmp_path / folder / "params.json", params)
+    assert assert_same_model(tmp_path / "meta", tmp_path / "hf").tie_embeddings
+    assert not view_of(tmp_path / "untied").config.tie_embeddings
 
 
 @pytest.mark.parametrize("spelling", [{"n_embed": 48, "num_attention_heads": 6, "n_layer": 2}, {"hidden_size": 48, "n_head": 6, "n_layer": 2},

@@ -78,6 +78,8 @@ def load_config(checkpoint: Checkpoint, model_type: str = "") -> tuple[ModelConf
         config = config_from_hf(checkpoint.config)
     elif checkpoint.config:
         config = config_from_params(checkpoint.config, _vocab_size(checkpoint))
+        if config.family == "llama" and config.rope_scaling:        # from 3.1 on; params.json does not say
+            config = replace(config, tie_embeddings=_holds_one_matrix(checkpoint))
     elif named:
         return named, []
     else:
@@ -97,6 +99,15 @@ def _scaled_as(config: ModelConfig, factors: torch.Tensor, path: str) -> ModelCo
     if expected.shape != factors.shape or not torch.allclose(expected, factors.float(), rtol=1e-3):
         raise CheckpointError(f"{path}: rope_freqs.weight is not LLaMA-3's rotary scaling; no other is supported in GGUF files")
     return scaled
+
+
+def _holds_one_matrix(checkpoint: Checkpoint) -> bool:
+    """Whether head and embedding are one, as in LLaMA-3.2's 1B and 3B: no output.weight, or one that is the same bytes of the file."""
+    infos = checkpoint.files[0].infos
+    if len(checkpoint.files) > 1 or "output.weight" not in infos:
+        return "output.weight" not in infos
+    head, embedding = (checkpoint.files[0].read(name, 0, 0, 1) for name in ("output.weight", "tok_embeddings.weight"))
+    return head.data_ptr() == embedding.data_ptr()
 
 
 def _vocab_size(checkpoint: Checkpoint) -> int:
