@@ -160,7 +160,7 @@ def trained(hf, folder, lora=Lora(3, 7.5)):
     return model
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral-window"])
+@pytest.mark.parametrize("name", ["llama", "qwen1", "qwen2", "qwen3", "mistral-window", "mixtral"])
 def test_our_adapters_give_peft_the_same_logits_and_come_back_bit_identical(name, world_of_one, tmp_path):
     peft = pytest.importorskip("peft")
     base = make_hf(tmp_path / "hf", name)
@@ -171,7 +171,8 @@ def test_our_adapters_give_peft_the_same_logits_and_come_back_bit_identical(name
     split_checkpoint(str(tmp_path / "lora"), str(tmp_path / "lora2"), 2)
     export_peft(str(tmp_path / "lora2"), str(tmp_path / "peft"))
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()
-    assert adapted.peft_config["default"].target_modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert adapted.peft_config["default"].target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"} | \
+        (set() if name == "mixtral" else {"gate_proj", "up_proj", "down_proj"})
     got = logits(adapted)
     assert (got - expected).abs().max() < 1e-4                  # fp32, sums in another order
     assert (plain - expected).abs().max() > 0.1                 # the adapters matter
@@ -227,8 +228,20 @@ def test_fused_modules_share_their_a_and_part_their_b(world_of_one, tmp_path):
     for lora in (Lora(4, 6), None):
         with torch.no_grad():
             assert (logits_of(load_model(str(tmp_path / "n2"), lora=lora), [ROW]) - expected).abs().max() < 1e-4
-    with pytest.raises(CheckpointError, match="transformers fuses"):
-        export_peft(str(tmp_path / "n2"), str(tmp_path / "out"))
+
+
+def test_adapters_of_fused_layers_of_their_own_become_one_of_three_times_the_rank(world_of_one, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = make_hf(tmp_path / "hf", "bloom")
+    plain, model = logits(base), trained(tmp_path / "hf", tmp_path / "lora")
+    with torch.no_grad():
+        expected = logits_of(model, [ROW])
+    split_checkpoint(str(tmp_path / "lora"), str(tmp_path / "lora2"), 2)
+    export_peft(str(tmp_path / "lora2"), str(tmp_path / "peft"))
+    assert (logits(peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()) - expected).abs().max() < 1e-4
+    assert (plain - expected).abs().max() > 0.1
+    with pytest.raises(CheckpointError, match="rank_pattern"):          # ours have one rank throughout
+        split_checkpoint(str(tmp_path / "hf"), str(tmp_path / "again"), 1, adapter=str(tmp_path / "peft"))
 
 
 def test_peft_options_that_would_be_lost_are_named_and_refused(world_of_one, tmp_path):
