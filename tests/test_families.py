@@ -51,6 +51,26 @@ def natives_of(folder):
     return {native: view.read(native).clone() for native in view.wanted}
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen1", "qwen3", "mixtral"])
+def test_a_rank_reads_its_own_part_of_the_files_and_no_more(name, world_of_one, tmp_path, monkeypatch):
+    from llama_rlhf.checkpoint.formats import Checkpoint
+    from llama_rlhf.parallel.partition import Partition
+    make_hf(tmp_path, name)
+    view, n_read, read = view_of(tmp_path), [], Checkpoint.read
+    plan = Partition(view.config, 4)
+
+    def counted(self, *arguments):
+        x = read(self, *arguments)
+        n_read.append(x.numel())
+        return x
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    for rank in range(4):
+        n_read.clear()
+        held = [view.read(native, *plan.held[piece.kind][rank]) if piece.kind else view.read(native) for native, piece in view.wanted.items()]
+        assert sum(n_read) == sum(x.numel() for x in held) < sum(torch.Size(piece.shape).numel() for piece in view.wanted.values()) / 2
+
+
 def write_json(path, value):
     with open(path, "w") as file:
         json.dump(value, file)
