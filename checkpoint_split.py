@@ -1,9 +1,12 @@
 """Rewrite a checkpoint: any format in, any number of shards out; export to Hugging Face; put PEFT adapters on, or take them off.
+Or look into one, or compare two.
 
     python checkpoint_split.py --ckpt_file /models/Llama-2-7b-hf --save_path /models/7b-8 --n 8
     python checkpoint_split.py --ckpt_file runs/sft --save_path /models/sft-hf --format hf --merge_lora --dtype bf16
+    python checkpoint_split.py --inspect /models/7b-8
+    python checkpoint_split.py --diff /models/Llama-2-7b-hf runs/sft
 
-torchrun works too, but on older Pythons (3.11 among them) its own parser stumbles over --n: put -- before the script's name.
+torchrun works too; before Python 3.12.8 and 3.13.1 its own parser stumbles over --n: put -- before the script's name.
 """
 
 from llama_rlhf.cli import run
@@ -11,8 +14,8 @@ from llama_rlhf.cli import run
 
 def main(
     *,
-    ckpt_file: str,
-    save_path: str,
+    ckpt_file: str = "",
+    save_path: str = "",
     n: int = 1,
     format: str = "native",
     dtype: str = "keep",
@@ -21,6 +24,8 @@ def main(
     model_type: str = "",
     tokenizer_file: str = "",
     max_shard_gb: float = 5.0,
+    inspect: str = "",
+    diff: list[str] = [],
 ):
     """Split, merge or convert a checkpoint. No GPU needed; memory for one tensor, whatever the size of the model.
 
@@ -37,8 +42,12 @@ def main(
         model_type: a preset such as llama-2-7b, needed only when the checkpoint has no config of its own
         tokenizer_file: tokenizer file or its folder, when it is not beside the weights
         max_shard_gb: with --format hf, largest size of one file
+        inspect: only print what this checkpoint holds: parameters, dtype, layout, the plan for its shards (or --n), norms
+        diff: only print what differs between two checkpoints, A B; exit code 1 if anything does
     """
     import os
+    import signal
+    import sys
     import time
 
     if os.environ.get("RANK", "0") != "0":
@@ -48,6 +57,7 @@ def main(
 
     import torch
 
+    from llama_rlhf.checkpoint import report
     from llama_rlhf.checkpoint.export import companions_folder, export_hf, export_peft
     from llama_rlhf.checkpoint.shards import split_checkpoint
     from llama_rlhf.parallel import groups
@@ -55,6 +65,8 @@ def main(
     dtypes = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if dtype not in dtypes:
         raise ValueError(f"--dtype {dtype!r}: use one of {', '.join(dtypes)}")
+    if bool(inspect) + bool(diff) + bool(ckpt_file and save_path) != 1 or len(diff) not in (0, 2):
+        raise ValueError("give --ckpt_file and --save_path, or --inspect X, or --diff A B")
     if format not in ("native", "hf", "peft"):
         raise ValueError(f"--format {format!r}: use native, hf or peft")
     if format != "native" and n != 1:
@@ -63,6 +75,8 @@ def main(
         raise ValueError("--format peft writes the adapters of a checkpoint; it takes neither --merge_lora nor --adapter")
     if max_shard_gb <= 0:
         raise ValueError(f"--max_shard_gb {max_shard_gb} must be positive")
+    if inspect or diff:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `| head` ends it without a word
     start = last = time.perf_counter()
 
     def progress(done: int, total: int) -> None:
@@ -74,6 +88,11 @@ def main(
     options = dict(model_type=model_type, progress=progress)
     groups.initialize(device="cpu")
     try:
+        if inspect:
+            report.print_contents(inspect, n if n > 1 else 0, model_type)
+            return
+        if diff:
+            sys.exit(report.print_differences(*diff, model_type))
         if format == "peft":
             export_peft(ckpt_file, save_path, **options)
         else:

@@ -110,6 +110,8 @@ def parse(main, argv):
         negated = _negated(name, parameters)
         if not equals and not negated and words and not words[0].startswith("--"):
             equals, text = True, words.pop(0)  # a value may be negative: only "--" starts a flag
+            while name in parameters and _is_list(parameters[name].annotation) and words and not words[0].startswith("--"):
+                text += "," + words.pop(0)  # a list is written a,b or a b
         if negated:
             name = negated
         if name == "config" and name not in parameters and equals:
@@ -182,7 +184,7 @@ def convert(text, annotation):
     kind = members[0]
     if kind is str:
         return text
-    if typing.get_origin(kind) is list:
+    if _is_list(kind):
         return [convert(item, typing.get_args(kind)[0]) for item in text.split(",")] if text else []
     if kind is bool and text.lower() in TRUE_WORDS + FALSE_WORDS:
         return text.lower() in TRUE_WORDS
@@ -218,6 +220,10 @@ def _members(annotation):
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         return tuple(sorted(typing.get_args(annotation), key=lambda member: member is type(None)))
     return (annotation,)
+
+
+def _is_list(annotation):
+    return typing.get_origin(_members(annotation)[0]) is list
 
 
 def type_name(annotation):

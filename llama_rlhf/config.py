@@ -36,8 +36,8 @@ class ModelConfig:
     n_active_experts: int = 0             # experts each token goes to
     normalise_routing: bool = True        # the weights of the chosen experts sum to 1
     fp32_routing: bool = False            # those weights stay fp32 in low-precision models (Mixtral)
-    ntk_beyond: int | None = None         # evaluation: rows longer than this stretch the rotary base (first-generation Qwen)
-    logn_beyond: int | None = None        # evaluation: queries at positions past this are scaled by log n (first-generation Qwen)
+    ntk_beyond: int | None = None         # rows with longer prompts stretch the rotary base (first-generation Qwen)
+    logn_beyond: int | None = None        # queries at positions past this are scaled by log n (first-generation Qwen)
     embedding_cut: str = "vocab"          # how consolidated.NN.pth cuts tok_embeddings: "hidden" (LLaMA-1/2, Mistral) or "vocab"
 
     def __post_init__(self):

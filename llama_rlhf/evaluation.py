@@ -178,14 +178,9 @@ def reference_loss(model: CausalLM, tokenizer, problems, prompts: list[list[int]
     mine = [i for i in range(groups.dp_rank(), len(problems), groups.dp_size()) if problems[i].solution]
     rows = [(prompts[i] + tokenizer.encode(problems[i].solution, eos=True))[:max_seq_len] for i in mine]
     loss, n_tokens = 0.0, 0
-    was_training = model.training
-    model.eval()
-    try:
-        for places in pack(range(len(rows)), [len(row) for row in rows], max_tokens=max_tokens):
-            logprobs = response_logprobs(model, [rows[n] for n in places], [len(prompts[mine[n]]) for n in places])
-            loss, n_tokens = loss - float(logprobs.sum(dtype=torch.float64)), n_tokens + len(logprobs)
-    finally:
-        model.train(was_training)
+    for places in pack(range(len(rows)), [len(row) for row in rows], max_tokens=max_tokens):
+        logprobs = response_logprobs(model, [rows[n] for n in places], [len(prompts[mine[n]]) for n in places])
+        loss, n_tokens = loss - float(logprobs.sum(dtype=torch.float64)), n_tokens + len(logprobs)
     parts = [part for part, tp_rank in groups.gather_objects(((loss, n_tokens), groups.tp_rank())) if tp_rank == 0]
     loss, n_tokens = sum(part[0] for part in parts), sum(part[1] for part in parts)
     mean = loss / n_tokens if n_tokens else float("nan")

@@ -165,8 +165,6 @@ def generate(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, .
                     state[..., slot] = state[..., last]
             active.pop()
 
-    was_training = model.training
-    model.eval()
     try:
         with weights_held(model, n_slots):
             while waiting or active:
@@ -187,7 +185,6 @@ def generate(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, .
                 if on_step is not None:
                     on_step(total - len(waiting) - len(active), total)
     finally:
-        model.train(was_training)
         groups.release_freed_memory()
     stats.cache_bytes = max(stats.cache_bytes, cache.peak_bytes)
     stats.seconds += time.perf_counter() - began

@@ -123,15 +123,10 @@ def score_responses(model: ValueModel, tokens: list[list[int]], prompt_lengths: 
     if empty := [i for i, (row, n) in enumerate(zip(tokens, prompt_lengths, strict=True)) if len(row) <= n]:
         raise ValueError(f"response {empty[0] + 1} has no tokens, not even an end token: it cannot be scored")
     scores = torch.zeros(len(tokens), dtype=torch.float32, device=groups.device())
-    was_training = model.training
-    model.eval()
-    try:
-        lengths = [len(row) for row in tokens]
-        by_length = sorted(range(len(tokens)), key=lengths.__getitem__)         # rows of one pass have similar lengths
-        for places in pack(by_length, lengths, max_tokens=max_tokens):
-            scores[places] = final_scores(model, [tokens[i] for i in places])
-    finally:
-        model.train(was_training)
+    lengths = [len(row) for row in tokens]
+    by_length = sorted(range(len(tokens)), key=lengths.__getitem__)         # rows of one pass have similar lengths
+    for places in pack(by_length, lengths, max_tokens=max_tokens):
+        scores[places] = final_scores(model, [tokens[i] for i in places])
     return scores
 
 

@@ -53,8 +53,7 @@ class Tokenizer:
         self._special_heads = tuple({name[:n] for name in special_ids for n in range(1, len(name))})
         self._special_tails = tuple({name[n:] for name in special_ids for n in range(1, len(name))})
         self._settings = settings
-        self.chat_template = settings.chat_template
-        self._compiled_template = None
+        self.set_chat_template(settings.chat_template)
 
         add_bos = starts_with_bos if settings.add_bos is None else settings.add_bos
         self.bos_id = special_ids.get(settings.names.get("bos_token")) if add_bos else None
@@ -109,6 +108,9 @@ class Tokenizer:
         return self._piece_text(id) if 0 <= id < self._plain_size else "\ufffd"
 
     # -- chat --
+
+    def set_chat_template(self, template):
+        self.chat_template, self._compiled_template = template, None
 
     def chat(self, messages, *, add_generation_prompt=True):
         """Token ids of a conversation, messages = [{"role": ..., "content": ...}, ...], by the chat template.
@@ -252,6 +254,13 @@ class SentencePieceTokenizer(Tokenizer):
             settings.chat_template = CHAT_FORMATS["mistral-v3"]["template"]
         super().__init__("sentencepiece", size, special_ids, settings, starts_with_bos=True)
 
+    def pieces(self):
+        """(text, score, type) of every id, types as in tokenizer.ggml.token_type: 1 normal, 2 unknown, 3 control, 5 unused, 6 byte."""
+        model, of = self._model, self._model.vocab_size()
+        kinds = [2 if model.IsUnknown(id) else 3 if model.IsControl(id) else 6 if model.IsByte(id) else 1 for id in range(of)]
+        own = [(model.IdToPiece(id), model.GetScore(id), kind) for id, kind in enumerate(kinds)]
+        return own + [(self._special_names.get(id, f"<unused {id}>"), 0.0, 3 if id in self._special_names else 5) for id in range(of, self.vocab_size)]
+
     def _encode_parts(self, parts):
         ids = []
         for n, part in enumerate(parts):
@@ -314,6 +323,12 @@ class JsonTokenizer(Tokenizer):
         size = max(self._rust.get_vocab(with_added_tokens=True).values()) + 1
         super().__init__(kind, size, special_ids, settings, eos_names=eos_names,
                          starts_with_bos=starts_with_bos is not None)
+
+    def spec(self):
+        """The tokenizer.json, control tokens under their own names."""
+        names = self._special_names
+        text = re.sub(rf"{self._secret}\.(\d+)\.", lambda m: json.dumps(names[int(m[1])])[1:-1], self._rust.to_str())
+        return json.loads(text)
 
     def _text_of(self, parts):
         return "".join(part if isinstance(part, str) else f"{self._secret}.{part}." for part in parts)
@@ -473,11 +488,11 @@ _MISTRAL = (  # no system role: its text goes into the first user turn (v1) or t
     "{% for m in messages %}"
     "{% if m.role == 'user' %}"
     "{{ '[INST] ' + (system.text if loop.index0 == system.turn else '') + m.content + CLOSE }}"
-    "{% elif m.role != 'system' %}{{ ' ' + m.content + eos_token }}{% endif %}"
+    "{% elif m.role != 'system' %}{{ ' ' + m.contentTRIM + eos_token }}{% endif %}"
     "{% endfor %}"
 )
-_MISTRAL_V1 = _MISTRAL.replace("LAST", "false").replace("CLOSE", "' [/INST]'")
-_MISTRAL_V3 = _MISTRAL.replace("LAST", "true").replace("CLOSE", "'[/INST]'")
+_MISTRAL_V1 = _MISTRAL.replace("LAST", "false").replace("CLOSE", "' [/INST]'").replace("TRIM", "")
+_MISTRAL_V3 = _MISTRAL.replace("LAST", "true").replace("CLOSE", "'[/INST]'").replace("TRIM", ".rstrip(' ')")
 _CHATML = (
     "{% if messages[0].role != 'system' %}"
     "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"

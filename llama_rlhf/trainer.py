@@ -194,7 +194,7 @@ def response_logprobs(model: CausalLM, tokens: list[list[int]], prompt_lengths: 
     lengths, device = [len(row) for row in tokens], groups.device()
     flat = torch.tensor([t for row in tokens for t in row], device=device)
     states, targets = (index.to(device) for index in prediction_rows(lengths, prompt_lengths))
-    hidden = model(flat, Rows.packed(lengths, device))
+    hidden = model(flat, Rows.packed(lengths, device, prompt_lengths))
     return token_logprobs(hidden[states], model.head_weight, flat[targets], vocab_start=model.vocab_start, **options)
 
 

@@ -104,10 +104,10 @@ def test_defaults_reach_main_and_run_json(script):
 
 
 def test_every_spelling_of_a_flag(script):
-    given = run_json(script, "--lr=3e-4", "--lora-rank", "-1", "--use_chat_template", "--noshuffle", "--tasks", "a,b",
+    given = run_json(script, "--lr=3e-4", "--lora-rank", "-1", "--use_chat_template", "--noshuffle", "--tasks", "a,b", "c",
                      "--log_dir", "none")  # fmt: skip
     assert given["lr"] == 3e-4 and given["lora_rank"] == -1 and given["log_dir"] is None
-    assert given["use_chat_template"] is True and given["shuffle"] is False and given["tasks"] == ["a", "b"]
+    assert given["use_chat_template"] is True and given["shuffle"] is False and given["tasks"] == ["a", "b", "c"]
 
 
 def test_switches_take_values_and_no_prefix(script):

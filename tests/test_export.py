@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from toys import MODELS, logits_of, make_hf
+from toys import MODELS, logits_of, make_hf, same, weights
 
 from llama_rlhf.checkpoint.export import export_hf, export_peft
 from llama_rlhf.checkpoint.formats import CheckpointError, TensorInfo
@@ -22,17 +22,8 @@ from llama_rlhf.parallel.layers import Lora
 ROW = [5, 17, 90, 3, 3, 64, 20, 1, 2, 77]
 
 
-def weights(folder):
-    files = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
-    return {name: x for file in files for name, x in load_file(os.path.join(folder, file)).items()}
-
-
 def transformers_model(folder, **more):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager", **more).eval()
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
 
 @torch.no_grad()
@@ -115,21 +106,23 @@ def test_large_exports_come_in_files_of_limited_size_with_an_index(world_of_one,
 
 
 def test_metas_shards_export_with_tokenizer_and_dtype(world_of_one, tmp_path):
-    """The user's way from Meta's files to transformers: no manifest, a tokenizer one folder up, --dtype bf16."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """The user's way from Meta's files to transformers: no manifest, a sentencepiece tokenizer one folder up, --dtype bf16."""
+    sentencepiece = pytest.importorskip("sentencepiece")
     reference = make_hf(tmp_path / "hf", "llama-2-like")
     split_checkpoint(str(tmp_path / "hf"), str(tmp_path / "models" / "meta"), 2)
     for name in ("manifest.json", "generation_config.json"):
         if (tmp_path / "models" / "meta" / name).exists():
             os.remove(tmp_path / "models" / "meta" / name)
-    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "how": 2, "many": 3, "?": 4}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path / "models")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["how many apples and how many pears are 12 + 30?"] * 50), model_prefix=str(tmp_path / "models" / "tokenizer"),
+        vocab_size=290, model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
     export_hf(str(tmp_path / "models" / "meta"), str(tmp_path / "out"), dtype=torch.bfloat16)
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("how many how").input_ids == [2, 3, 2]
-    assert json.load(open(tmp_path / "out" / "generation_config.json"))["eos_token_id"] == 1
+    original = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "models" / "tokenizer.model"))
+    text = " how  many\n 🙂"
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(text).input_ids == [1, *original.encode(text)]
+    assert json.load(open(tmp_path / "out" / "generation_config.json"))["eos_token_id"] == 2
     model = transformers_model(tmp_path / "out")
-    assert model.dtype == torch.bfloat16 and model.generation_config.eos_token_id == 1
+    assert model.dtype == torch.bfloat16 and model.generation_config.eos_token_id == 2
     assert same({name: x for name, x in model.state_dict().items()}, {name: x.bfloat16() for name, x in reference.state_dict().items()})
     # and in the bits of its config that change results
     for key in ("rms_norm_eps", "hidden_size", "num_key_value_heads", "intermediate_size", "head_dim"):
@@ -167,7 +160,7 @@ def trained(hf, folder, lora=Lora(3, 7.5)):
     return model
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral-window"])
+@pytest.mark.parametrize("name", ["llama", "qwen1", "qwen2", "qwen3", "mistral-window", "mixtral"])
 def test_our_adapters_give_peft_the_same_logits_and_come_back_bit_identical(name, world_of_one, tmp_path):
     peft = pytest.importorskip("peft")
     base = make_hf(tmp_path / "hf", name)
@@ -178,7 +171,8 @@ def test_our_adapters_give_peft_the_same_logits_and_come_back_bit_identical(name
     split_checkpoint(str(tmp_path / "lora"), str(tmp_path / "lora2"), 2)
     export_peft(str(tmp_path / "lora2"), str(tmp_path / "peft"))
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()
-    assert adapted.peft_config["default"].target_modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert adapted.peft_config["default"].target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"} | \
+        (set() if name == "mixtral" else {"gate_proj", "up_proj", "down_proj"})
     got = logits(adapted)
     assert (got - expected).abs().max() < 1e-4                  # fp32, sums in another order
     assert (plain - expected).abs().max() > 0.1                 # the adapters matter
@@ -234,8 +228,20 @@ def test_fused_modules_share_their_a_and_part_their_b(world_of_one, tmp_path):
     for lora in (Lora(4, 6), None):
         with torch.no_grad():
             assert (logits_of(load_model(str(tmp_path / "n2"), lora=lora), [ROW]) - expected).abs().max() < 1e-4
-    with pytest.raises(CheckpointError, match="transformers fuses"):
-        export_peft(str(tmp_path / "n2"), str(tmp_path / "out"))
+
+
+def test_adapters_of_fused_layers_of_their_own_become_one_of_three_times_the_rank(world_of_one, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = make_hf(tmp_path / "hf", "bloom")
+    plain, model = logits(base), trained(tmp_path / "hf", tmp_path / "lora")
+    with torch.no_grad():
+        expected = logits_of(model, [ROW])
+    split_checkpoint(str(tmp_path / "lora"), str(tmp_path / "lora2"), 2)
+    export_peft(str(tmp_path / "lora2"), str(tmp_path / "peft"))
+    assert (logits(peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()) - expected).abs().max() < 1e-4
+    assert (plain - expected).abs().max() > 0.1
+    with pytest.raises(CheckpointError, match="rank_pattern"):          # ours have one rank throughout
+        split_checkpoint(str(tmp_path / "hf"), str(tmp_path / "again"), 1, adapter=str(tmp_path / "peft"))
 
 
 def test_peft_options_that_would_be_lost_are_named_and_refused(world_of_one, tmp_path):

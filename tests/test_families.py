@@ -51,6 +51,26 @@ def natives_of(folder):
     return {native: view.read(native).clone() for native in view.wanted}
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen1", "qwen3", "mixtral"])
+def test_a_rank_reads_its_own_part_of_the_files_and_no_more(name, world_of_one, tmp_path, monkeypatch):
+    from llama_rlhf.checkpoint.formats import Checkpoint
+    from llama_rlhf.parallel.partition import Partition
+    make_hf(tmp_path, name)
+    view, n_read, read = view_of(tmp_path), [], Checkpoint.read
+    plan = Partition(view.config, 4)
+
+    def counted(self, *arguments):
+        x = read(self, *arguments)
+        n_read.append(x.numel())
+        return x
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    for rank in range(4):
+        n_read.clear()
+        held = [view.read(native, *plan.held[piece.kind][rank]) if piece.kind else view.read(native) for native, piece in view.wanted.items()]
+        assert sum(n_read) == sum(x.numel() for x in held) < sum(torch.Size(piece.shape).numel() for piece in view.wanted.values()) / 2
+
+
 def write_json(path, value):
     with open(path, "w") as file:
         json.dump(value, file)
@@ -76,16 +96,16 @@ def test_the_hub_files_of_mixtral_are_a_union_with_joined_experts(world_of_one, 
     """consolidated.NN.pt: whole tensors spread over files, experts joined by rows, w2's blocks transposed, q and k native."""
     model = make_hf(tmp_path / "hf", "mixtral")
     natives, c = natives_of(tmp_path / "hf"), model.config
-    files = [{} for _ in range(3)]
+    files = [{} for _ in range(8)]
     for i, (native, x) in enumerate(natives.items()):
         if ".feed_forward." not in native:
-            files[i % 3][native] = x
+            files[i % 8][native] = x
     for n in range(c.num_hidden_layers):
         prefix, hub = f"layers.{n}.feed_forward", f"layers.{n}.block_sparse_moe"
         files[0][f"{hub}.gate.weight"] = natives[f"{prefix}.gate.weight"]
-        for i, x in ((1, 0), (3, 1)):
+        for i, x in ((1, 3), (3, 5)):
             files[x][f"{hub}.w{i}"] = torch.cat([natives[f"{prefix}.experts.{e}.w{i}.weight"] for e in range(c.num_local_experts)])
-        files[2][f"{hub}.w2"] = torch.cat([natives[f"{prefix}.experts.{e}.w2.weight"].t() for e in range(c.num_local_experts)])
+        files[7][f"{hub}.w2"] = torch.cat([natives[f"{prefix}.experts.{e}.w2.weight"].t() for e in range(c.num_local_experts)])
     os.makedirs(tmp_path / "hub")
     for i, tensors in enumerate(files):
         torch.save(tensors, tmp_path / "hub" / f"consolidated.{i:02d}.pt")
@@ -97,13 +117,15 @@ def test_the_hub_files_of_mixtral_are_a_union_with_joined_experts(world_of_one, 
     assert assert_same_model(tmp_path / "hub", tmp_path / "hf").family == "mixtral"
 
 
-@pytest.mark.parametrize("name", ["mixtral", "mistral-window"])
-def test_mistrals_own_files_are_read_and_its_params_written(name, world_of_one, tmp_path):
-    """One consolidated.00.pth with native names and rotary order; theta 1e4 without a key and with a window."""
+@pytest.mark.parametrize("name,file", [("mixtral", "consolidated.00.pth"), ("mistral-window", "consolidated.00.pth"),
+                                       ("mistral-window", "consolidated.safetensors")])
+def test_mistrals_own_files_are_read_and_its_params_written(name, file, world_of_one, tmp_path):
+    """One file, .pth or (v0.3) .safetensors, with native names and rotary order; theta 1e4 without a key and with a window."""
     from llama_rlhf.models import write_params
+    from safetensors.torch import save_file
     make_hf(tmp_path / "hf", name)
     os.makedirs(tmp_path / "tar")
-    torch.save(natives_of(tmp_path / "hf"), tmp_path / "tar" / "consolidated.00.pth")
+    (save_file if file.endswith(".safetensors") else torch.save)(natives_of(tmp_path / "hf"), tmp_path / "tar" / file)
     config = view_of(tmp_path / "hf").config
     params = write_params(config)
     assert {"dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps", "vocab_size"} <= params.keys()
@@ -132,6 +154,23 @@ def test_metas_shards_are_read_with_either_cut_of_the_embedding(cut, theta, worl
         torch.save(shard, tmp_path / "meta" / f"consolidated.{i:02d}.pth")
     write_json(tmp_path / "meta" / "params.json", {**write_params(view.config), "vocab_size": -1})
     assert_same_model(tmp_path / "meta", tmp_path / "hf")
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_llama_3_2_holds_embedding_and_head_once(twice, world_of_one, tmp_path):
+    """Meta's params.json does not say so: output.weight is absent, or both names stand for the same bytes. Equal bytes that stand
+    there twice are two matrices."""
+    from llama_rlhf.models import llama3_scaling
+    from llama_rlhf.models.llama import write_params
+    make_hf(tmp_path / "hf", "llama-tied-scaled", rope_parameters={**llama3_scaling(32.0), "rope_theta": 5e5}, rms_norm_eps=1e-5)
+    natives, params = natives_of(tmp_path / "hf"), write_params(view_of(tmp_path / "hf").config)
+    for folder, head in (("meta", {"output.weight": natives["tok_embeddings.weight"]} if twice else {}),
+                         ("untied", {"output.weight": natives["tok_embeddings.weight"].clone()})):
+        os.makedirs(tmp_path / folder)
+        torch.save({**natives, **head}, tmp_path / folder / "consolidated.00.pth")
+        write_json(tmp_path / folder / "params.json", params)
+    assert assert_same_model(tmp_path / "meta", tmp_path / "hf").tie_embeddings
+    assert not view_of(tmp_path / "untied").config.tie_embeddings
 
 
 @pytest.mark.parametrize("spelling", [{"n_embed": 48, "num_attention_heads": 6, "n_layer": 2}, {"hidden_size": 48, "n_head": 6, "n_layer": 2},
@@ -273,12 +312,13 @@ def test_every_presets_config_json_reads_back_as_itself():
 # ---- any number of ranks, any number of shards -----------------------------------------------------------------------
 
 
-def test_one_rank_per_head_with_sizes_that_nothing_divides(world_of_one, tmp_path):
-    """6 ranks, 6 heads, 2 kv heads (shared by 3 ranks each), 13 or 29 expert rows, 101 words."""
-    for name in ("llama", *NEW):
-        make_reference(str(tmp_path / name), name, (6,))
-    for rank in run_ranks(6, measure, [str(tmp_path / name) for name in ("llama", *NEW)]):
-        for name, result in zip(("llama", *NEW), rank):
+def test_more_ranks_than_heads_with_sizes_that_nothing_divides(world_of_one, tmp_path):
+    """7 ranks, 6 heads: one rank has none. 2 kv heads, shared by 3 ranks each; 13 or 29 expert rows, 101 words."""
+    names = ("llama", "qwen3", *NEW)
+    for name in names:
+        make_reference(str(tmp_path / name), name, (7,))
+    for rank in run_ranks(7, measure, [str(tmp_path / name) for name in names]):
+        for name, result in zip(names, rank):
             assert result["logits"] < 1e-4 and result["gradients"] < 1e-4 and result["tokens"] and result["round trip"], name
 
 
@@ -496,22 +536,20 @@ def reference_logits(model, row, prefilled):
 
 def test_first_generation_qwen_beyond_its_training_length(world_of_one, tmp_path):
     """Rows of 3, 9, 20 and 40 tokens trained for 8 stretch by 1, 3, 7 and 15 in one batch; each keeps its stretch while it
-    grows; in training nothing is stretched."""
+    grows. What training and PPO compute for prompt and response together is what generated it, in either mode of the module."""
     from llama_rlhf.checkpoint.shards import load_model
     from llama_rlhf.generation import generate
+    from llama_rlhf.trainer import response_logprobs
     assert [beyond_training(n)[0] for n in (3, 8, 9, 20, 40)] == [1, 1, 3, 7, 15]
     reference = make_hf(tmp_path / "hf", "qwen1")
     save_as_qwen1(reference, tmp_path / "qwen", seq_length=TRAINED)
     model = load_model(str(tmp_path / "qwen"))
     rows = [[(5 * i + n) % 101 for i in range(n)] for n in (3, 9, 20, 40)]
     with torch.no_grad():
-        training = logits_of(model, rows)
         plain = torch.cat([reference(torch.tensor([row])).logits[0] for row in rows])
-        model.eval()
-        evaluation = logits_of(model, rows)
-    assert (training - plain).abs().max() < 1e-4
-    assert (evaluation - torch.cat([reference_logits(reference, row, len(row)) for row in rows])).abs().max() < 1e-4
-    assert (evaluation[3:] - plain[3:]).abs().max() > 1e-2
+        logits = logits_of(model, rows)
+    assert (logits - torch.cat([reference_logits(reference, row, len(row)) for row in rows])).abs().max() < 1e-4
+    assert (logits[3:] - plain[3:]).abs().max() > 1e-2
     # two samples of each in three slots: rows are copied from slot to slot, and their stretch with them
     texts = generate(model, rows, eos_ids=(), max_new_tokens=15, max_batch_size=3, n_samples=2, with_logprobs=True)
     for row, (text, again) in zip(rows, texts):
@@ -519,3 +557,7 @@ def test_first_generation_qwen_beyond_its_training_length(world_of_one, tmp_path
         assert logits.argmax(-1).tolist() == text.tokens == again.tokens
         wanted = logits.log_softmax(-1).gather(1, torch.tensor(text.tokens)[:, None])[:, 0]
         assert (wanted - torch.tensor(text.logprobs)).abs().max() < 1e-4
+    generated = torch.tensor([logprob for text, _ in texts for logprob in text.logprobs])
+    for mode in (True, False):
+        again = response_logprobs(model.train(mode), [row + text.tokens for row, (text, _) in zip(rows, texts)], [len(row) for row in rows])
+        assert (again - generated).abs().max() < 1e-5

@@ -394,6 +394,7 @@ def test_extra_tokens_beside_the_model(sentencepiece_folder, tmp_path):
     "path, chat_format, version",
     [
         ("data/tokenizer.model.v1", "mistral-v1", "v1"),
+        ("data/mistral_instruct_tokenizer_240216.model.v2", None, "v2"),
         ("data/mistral_instruct_tokenizer_240323.model.v3", None, "v3"),
     ],
 )
@@ -409,11 +410,45 @@ def test_mistral_ids_equal_mistral_common(path, chat_format, version):
         assert tok.encode(text) == ref.instruct_tokenizer.tokenizer.encode(text, bos=False, eos=False)
         for system in ([], [{"role": "system", "content": "Be brief."}]):
             messages = [
-                *system, {"role": "user", "content": f"x {text}"}, {"role": "assistant", "content": f"ans {text}x"},
+                *system, {"role": "user", "content": f" x {text}"}, {"role": "assistant", "content": f" ans {text}x "},
                 {"role": "user", "content": "<s> [INST] [/INST] </s>"},
             ]  # fmt: skip
             expected = ref.encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
             assert tok.chat(messages) == expected
+
+
+@pytest.mark.parametrize(
+    "package, path, name",
+    [
+        ("mistral_common", "data/tokenizer.model.v1", "tokenizer.model"),
+        ("mistral_common", "data/mistral_instruct_tokenizer_240323.model.v3", "tokenizer.model.v3"),
+        ("dashscope", "resources/qwen.tiktoken", "qwen.tiktoken"),
+        (None, None, "tokenizer.model"),
+    ],
+)
+def test_transformers_reads_what_is_written_for_it(package, path, name, tmp_path, request):
+    """From the sentencepiece and tiktoken files that Meta, Mistral and Qwen distribute; and from one with added tokens."""
+    from llama_rlhf.checkpoint.gguf_tokenizer import write_fast_tokenizer
+
+    transformers = pytest.importorskip("transformers")
+    file = package_file(package, path) if package else request.getfixturevalue("sentencepiece_folder") / "tokenizer.model"
+    (tmp_path / name).write_bytes(file.read_bytes())
+    if not package:
+        (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": 330, "<|im_end|>": 321}))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>", "chat_template": LLAMA}))
+    tok = load_tokenizer(tmp_path)
+    wrong = write_fast_tokenizer(tmp_path)
+    assert all(text.startswith("[REFERENCE_DOC_") for text in wrong) and len(wrong) == (20 if name.endswith("v3") else 0)
+    ref, again = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    assert again.kind == "json" and len(ref) >= len(tok.special_ids)
+    assert (again.bos_id, again.eos_ids[0], again.pad_id) == (tok.bos_id, tok.eos_ids[0], tok.pad_id)
+    assert [ref.convert_tokens_to_ids(special) for special in tok.special_ids] == list(tok.special_ids.values())
+    for text in TEXTS:
+        assert ref(text).input_ids == tok.encode(text, bos=True) == again.encode(text, bos=True)
+        assert ref.decode(tok.encode(text)) == tok.decode(tok.encode(text))
+    if tok.chat_template:
+        for messages in conversations("q"):
+            assert reference_chat(ref, messages, True) == tok.chat(messages)
 
 
 def test_smollm2_ids_equal_transformers(tmp_path):

@@ -51,6 +51,17 @@ def save_pretrained(model, folder):
     model.save_pretrained(folder)
 
 
+def weights(folder):
+    """Every tensor of a Hugging Face folder."""
+    from safetensors.torch import load_file
+    files = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    return {name: x for file in files for name, x in load_file(os.path.join(folder, file)).items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
 def save_as_qwen1(model, folder, **more):
     """A Qwen2 model without grouped heads under first-generation names: up to its training length that is the same model."""
     from safetensors.torch import save_file
@@ -89,6 +100,7 @@ def make_reference(folder, name, sizes, **options):
     for each of the numbers of ranks, from this process (a world of one): folder/shards-n."""
     from llama_rlhf.checkpoint.shards import split_checkpoint
     reference = make_hf(os.path.join(folder, "model"), name, **options)
+    save_pretrained(reference, os.path.join(folder, "transformers"))        # the same files but for first-generation Qwen
     logits = [reference(torch.tensor([row])).logits[0] for row in ROWS]
     losses = [-l[n - 1:-1].log_softmax(-1).gather(1, torch.tensor(row[n:])[:, None]).flatten()
               for row, n, l in zip(ROWS, PROMPTS, logits)]

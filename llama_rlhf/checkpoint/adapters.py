@@ -2,7 +2,8 @@
 
 PEFT adds B(Ax) * alpha / r to a linear layer of transformers' model; we do the same to the native one. A reads the input and is
 the same matrix in both; the rows of B follow the output, so those of q and k change their rotary order like the weight's.
-A PEFT module that transformers fuses from several native ones (q, k, v in one) gives each of them the same A and its rows of B.
+A PEFT module that transformers fuses from several native ones (BLOOM's q, k, v in one) gives each of them the same A and its rows of
+B. The other way each native adapter keeps its own A, so the fused module gets one of three times the rank: A stacked, B in blocks.
 """
 
 from __future__ import annotations
@@ -108,28 +109,31 @@ class PeftAdapter:
 
 def peft_tensors(rewrite, table: dict[str, Source]) -> dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]]:
     """PEFT's name -> (shape, a function that reads the tensor) for every adapter of a checkpoint of ours."""
-    from llama_rlhf.checkpoint.export import to_foreign
-    tensors = {}
-    for native, piece in rewrite.pieces.items():
-        module, _, half = native.rpartition(".")
-        if half not in ("lora_a", "lora_b"):
-            continue
-        source = lookup(table, f"{module}.weight")
-        if source is None or source.parts > 1 or source.stacked or source.transposed or ".experts." in module:
-            raise CheckpointError(f"{rewrite.checkpoint.path}: the adapters of {module} have no PEFT counterpart, transformers fuses that "
-                                  "layer with others. Export the whole model with --format hf --merge_lora.")
+    from llama_rlhf.checkpoint.export import foreign_tensors, to_foreign
+    tensors, rank, d = {}, rewrite.lora.rank, rewrite.config.head_dim
+    adapted = [name.removesuffix("lora_a") + "weight" for name in rewrite.pieces if name.endswith(".lora_a")]
+    for name, natives in foreign_tensors(adapted, table).items():
+        a, b = ([native.removesuffix("weight") + half for native in natives] for half in ("lora_a", "lora_b"))
 
-        def read(native=native, source=source, rope=half == "lora_b"):
-            x = rewrite.read(native)
-            return to_foreign([x], [source], rewrite.config.head_dim) if rope else x
+        def read_a(a=a):
+            return torch.cat([rewrite.read(native) for native in a])
 
-        tensors[f"{PREFIX}{source.name.removesuffix('.weight')}.lora_{half[-1].upper()}.weight"] = piece.shape, read
+        def read_b(b=b, sources=[lookup(table, native) for native in natives]):
+            blocks = [rewrite.read(native) for native in b]
+            return to_foreign([torch.nn.functional.pad(x, (i * rank, (len(b) - 1 - i) * rank)) for i, x in enumerate(blocks)], sources, d)
+
+        prefix, pieces = PREFIX + name.removesuffix(".weight"), rewrite.pieces
+        tensors[f"{prefix}.lora_A.weight"] = (rank * len(a), pieces[a[0]].shape[1]), read_a
+        tensors[f"{prefix}.lora_B.weight"] = (sum(pieces[native].shape[0] for native in b), rank * len(b)), read_b
     return tensors
 
 
 def peft_config(lora: Lora, tensors) -> dict:
     """adapter_config.json. target_modules lists the last part of every adapted module's name."""
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
-    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True, "r": lora.rank,
+    fused = {name.split(".")[-3]: shape[0] // lora.rank for name, (shape, _) in tensors.items() if name.endswith("lora_A.weight") and shape[0] > lora.rank}
+    return {**({"rank_pattern": {module: n * lora.rank for module, n in fused.items()},
+                "alpha_pattern": {module: n * alpha for module, n in fused.items()}} if fused else {}),
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True, "r": lora.rank,
             "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
             "init_lora_weights": True, "target_modules": sorted({name.split(".")[-3] for name in tensors})}

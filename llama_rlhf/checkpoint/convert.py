@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -77,6 +78,8 @@ def load_config(checkpoint: Checkpoint, model_type: str = "") -> tuple[ModelConf
         config = config_from_hf(checkpoint.config)
     elif checkpoint.config:
         config = config_from_params(checkpoint.config, _vocab_size(checkpoint))
+        if config.family == "llama" and config.rope_scaling:        # from 3.1 on; params.json does not say
+            config = replace(config, tie_embeddings=_holds_one_matrix(checkpoint))
     elif named:
         return named, []
     else:
@@ -96,6 +99,15 @@ def _scaled_as(config: ModelConfig, factors: torch.Tensor, path: str) -> ModelCo
     if expected.shape != factors.shape or not torch.allclose(expected, factors.float(), rtol=1e-3):
         raise CheckpointError(f"{path}: rope_freqs.weight is not LLaMA-3's rotary scaling; no other is supported in GGUF files")
     return scaled
+
+
+def _holds_one_matrix(checkpoint: Checkpoint) -> bool:
+    """Whether head and embedding are one, as in LLaMA-3.2's 1B and 3B: no output.weight, or one that is the same bytes of the file."""
+    infos = checkpoint.files[0].infos
+    if len(checkpoint.files) > 1 or "output.weight" not in infos:
+        return "output.weight" not in infos
+    head, embedding = (checkpoint.files[0].read(name, 0, 0, 1) for name in ("output.weight", "tok_embeddings.weight"))
+    return head.data_ptr() == embedding.data_ptr()
 
 
 def _vocab_size(checkpoint: Checkpoint) -> int:
@@ -118,18 +130,17 @@ class NativeView:
 
     wanted: native name -> Piece (full shape, cut dimension) of every tensor the model needs.
     optional: native names that may be absent (new adapters, a new value head).
-    merge_lora: alpha / rank of adapters in the checkpoint to be added into their base weights, or None.
+    merge_lora: alpha / rank of adapters, among `wanted`, to be added into their base weights, or None.
+    absent: gives the whole of a tensor that the checkpoint lacks, when such a one is read.
     """
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, wanted: dict[str, Piece], *, optional=frozenset(),
-                 ignored=frozenset(), merge_lora: float | None = None):
-        self.checkpoint, self.config, self.wanted, self.merge_lora = checkpoint, config, wanted, merge_lora
+                 ignored=frozenset(), merge_lora: float | None = None, absent: Callable[[str], torch.Tensor] | None = None):
+        self.checkpoint, self.config, self.wanted, self.merge_lora, self._absent = checkpoint, config, wanted, merge_lora, absent
         self.infos = checkpoint.files[0].infos if checkpoint.kind == "shards" else checkpoint.infos
         self._choose_layout()
         self.missing = {name for name in wanted if self._source(name).name not in self.infos}
         used = {self._source(name).name for name in wanted}
-        if merge_lora is not None:
-            used |= {name for name in self.infos if name.endswith((".lora_a", ".lora_b"))}
         if config.tie_embeddings:
             used.add(self._source("output.weight").name)    # some exporters save the tied head again
         left = sorted(name for name in self.infos.keys() - used if not _IGNORED.fullmatch(name) and name not in ignored)
@@ -192,25 +203,34 @@ class NativeView:
                 f"{checkpoint.path}: {source.name} is {found} over {len(checkpoint.files)} file(s), the config asks for "
                 f"{expected}. A shard is missing, the folder mixes two models, or the config beside it is another model's.")
 
+    def stored_name(self, native: str) -> str:
+        """The tensor of the checkpoint that it comes from, or is a part of."""
+        return self._source(native).name
+
     def dtype(self, native: str) -> torch.dtype:
         return self.infos[self._source(native).name].dtype
 
-    def read(self, native: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows (or columns: the tensor's own cut dimension) start..stop of a native tensor; all of it when replicated."""
+    def read(self, native: str, start: int = 0, stop: int | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Rows (or columns: the tensor's own cut dimension) start..stop of a native tensor; all of it when replicated.
+
+        dtype: None keeps the stored one. A weight with its adapter is their sum in fp32, rounded once.
+        """
         piece = self.wanted[native]
         dim = piece.dim or 0
         stop = piece.shape[dim] if stop is None else stop
         x = self._read(native, dim, start, stop)
-        if self.merge_lora is not None and native.endswith(".weight"):
-            a, b = (f"{native.removesuffix('.weight')}.lora_{half}" for half in "ab")
-            if a in self.infos:
-                rows = (start, stop) if dim == 0 else (0, piece.shape[0])
-                columns = (start, stop) if dim == 1 else (0, piece.shape[1])
-                delta = self._read_lora(b, 0, *rows).float() @ self._read_lora(a, 1, *columns).float()
-                x = (x.float() + self.merge_lora * delta).to(x.dtype)      # one rounding; never subtracted again
-        return x
+        dtype = dtype or x.dtype
+        a, b = (f"{native.removesuffix('.weight')}.lora_{half}" for half in "ab")
+        if self.merge_lora is not None and native.endswith(".weight") and a in self.wanted:
+            rows = (start, stop) if dim == 0 else (0, piece.shape[0])
+            columns = (start, stop) if dim == 1 else (0, piece.shape[1])
+            delta = self._read(b, 0, *rows).float() @ self._read(a, 1, *columns).float()
+            x = delta.mul_(self.merge_lora).add_(x)
+        return x.to(dtype)
 
     def _read(self, native, dim, start, stop):
+        if native in self.missing:
+            return self._absent(native).narrow(dim, start, stop - start)
         if self.checkpoint.kind == "shards":
             return _read_shards(self.checkpoint.files, native, dim, start, stop, self._cut(native))
         x = self._read_block(self._source(native), self.wanted[native].shape, dim, start, stop)
@@ -235,16 +255,6 @@ class NativeView:
         if source.parts == 1 and not source.stacked:
             return read(name, dim, start, stop)
         return read(name, 0, first, first + shape[0]).narrow(dim, start, stop - start)
-
-    def _read_lora(self, name, dim, start, stop):
-        if self.checkpoint.kind != "shards":
-            return self.checkpoint.read(name, dim, start, stop)
-        files = self.checkpoint.files
-        shapes = [file.infos[name].shape for file in files]
-        base = self.wanted[name.rpartition(".")[0] + ".weight"]
-        # A follows the input, B the output of its base: one of the two is cut as the base is, the other is replicated
-        cut = base.dim if len(files) > 1 and base.dim == (1 if name.endswith("lora_a") else 0) else None
-        return _read_shards(files, name, dim, start, min(stop, shapes[0][dim]) if cut != dim else stop, cut)
 
 
 def _read_shards(files, name, dim, start, stop, cut):

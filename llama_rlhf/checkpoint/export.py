@@ -12,6 +12,7 @@ import torch
 from llama_rlhf.checkpoint import store
 from llama_rlhf.checkpoint.convert import interleaved_to_half
 from llama_rlhf.checkpoint.formats import CheckpointError, TensorInfo
+from llama_rlhf.checkpoint.gguf_tokenizer import write_fast_tokenizer
 from llama_rlhf.checkpoint.shards import COMPANIONS, Rewrite, check_new_folder, copy_companions
 from llama_rlhf.checkpoint.writer import SafetensorsWriter
 from llama_rlhf.config import ModelConfig
@@ -87,6 +88,12 @@ def export_hf(source: str, folder: str, *, dtype: torch.dtype | None = None, mod
                 **family.write_hf(config), **special, "torch_dtype": _common_dtype(infos)})
             if special and not os.path.exists(os.path.join(temporary, "generation_config.json")):
                 store.write_json(os.path.join(temporary, "generation_config.json"), special)
+            try:
+                if wrong := write_fast_tokenizer(temporary):
+                    groups.log(f"note: tokenizer.json {'encodes otherwise than' if os.path.exists(os.path.join(temporary, 'tokenizer.json')) else 'cannot encode as'} "
+                               f"the original: {', '.join(map(repr, wrong[:5]))} ({len(wrong)} in all)")
+            except (ValueError, FileNotFoundError):     # the weights are of use without a tokenizer
+                pass
             done = 0
             for file, names in files.items():
                 with SafetensorsWriter(os.path.join(temporary, file), {name: infos[name] for name in names}) as writer:

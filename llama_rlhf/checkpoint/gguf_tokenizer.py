@@ -1,6 +1,7 @@
-"""Tokenizer files from the metadata of a GGUF file.
+"""The tokenizer files that transformers loads, from the metadata of a GGUF file, or from a sentencepiece or tiktoken file.
 
     write_tokenizer_files("SmolLM2-135M-Instruct.Q4_1.gguf", "runs/smollm2")
+    write_fast_tokenizer("runs/llama-2-hf")      # which holds tokenizer.model
 
 A GGUF file carries vocabulary, merges or scores, special ids and the chat template, but only the *name* of the rule
 that splits text into words before BPE (tokenizer.ggml.pre). The rule decides which tokens a number or a run of blanks
@@ -69,6 +70,60 @@ def write_tokenizer_files(gguf_path, folder) -> list[str]:
     except OSError as error:
         raise CheckpointError(f"{error.filename or folder}: cannot be written: {error.strerror}") from error
     return written
+
+
+def write_fast_tokenizer(folder) -> list[str]:
+    """Give a folder whose tokenizer is a sentencepiece or tiktoken file the tokenizer.json and tokenizer_config.json that transformers
+    loads. (It makes one itself only with further packages, and for some families without control tokens, bos or chat format.)
+
+    PROBES, a conversation and every piece of sentencepiece are encoded with both. Returns what came out otherwise: user-defined
+    pieces, which sentencepiece cuts out of a text first, are spelled out by the new file. If one of PROBES did, no tokenizer.json is left.
+    """
+    from llama_rlhf.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.kind not in ("sentencepiece", "tiktoken"):
+        return []
+    ids = {"bos": tokenizer.bos_id, "eos": next(iter(tokenizer.eos_ids), None), "padding": tokenizer.pad_id,
+           "unknown": tokenizer.special_ids.get("<unk>")}
+    if tokenizer.kind == "tiktoken":
+        spec = tokenizer.spec()
+        told = {"model": "gpt2", "tokens": sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].get) + [t["content"] for t in spec["added_tokens"]]}
+    else:
+        told = {"model": "llama", **dict(zip(("tokens", "scores", "token_type"), zip(*tokenizer.pieces())))}
+    told |= {f"{name}_token_id": -1 if id is None else id for name, id in ids.items()} | {"add_bos_token": tokenizer.bos_id is not None}
+    vocabulary = _Vocabulary(folder, {f"tokenizer.ggml.{key}": value for key, value in told.items()})
+    spec = spec | {"post_processor": _post_processor(vocabulary)} if tokenizer.kind == "tiktoken" else _sentencepiece_tokenizer(vocabulary)
+
+    def write(name, content):
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as stream:
+            stream.write(json.dumps(content, ensure_ascii=False))      # (json.dump, or an indent, takes seconds for 150,000 words)
+
+    config = _tokenizer_config(vocabulary)
+    write("tokenizer.json", spec)
+    write("tokenizer_config.json", config)
+    new = load_tokenizer(folder)
+    probes = [*PROBES, *(map(tokenizer.token_text, range(tokenizer.vocab_size)) if tokenizer.kind == "sentencepiece" else ())]
+    wrong = [text for text, a, b in zip(probes, tokenizer.encode_batch(probes, bos=True), new.encode_batch(probes, bos=True)) if a != b]
+    if wrong and wrong[0] in PROBES:
+        os.remove(os.path.join(folder, "tokenizer.json"))
+        return wrong
+    if template := tokenizer.chat_template:
+        # sentencepiece puts a blank before each text of its own, and so does tokenizer.json: after a control token the template must not
+        for config["chat_template"] in (template, template.replace("'[INST] '", "'[INST]'").replace("{{ ' ' + m.content", "{{ m.content")):
+            new.set_chat_template(config["chat_template"])
+            if new.chat(CONVERSATION) == tokenizer.chat(CONVERSATION):
+                break
+        else:
+            wrong.append("conversations")
+        write("tokenizer_config.json", config)
+    return wrong
+
+
+# what normalisers, prefixes and splitting rules treat differently
+PROBES = ("Hello world", " a  b   c \n\n d\t\r\n", "12345 6.78e-9 ½ ² ﬁ Å", "e\u0301 \u3000 \u200b 日本語 🙂 \u0130", "", "\u2581x", "I'LL we've <s> </s> <unk> <0x0A>",
+          "<|im_end|> [INST] [/INST] <|eot_id|>")
+CONVERSATION = [{"role": "user", "content": " one\n"}, {"role": "assistant", "content": "two"}, {"role": "user", "content": "three "}]
 
 
 class _Vocabulary:

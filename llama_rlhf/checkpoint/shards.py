@@ -107,8 +107,9 @@ def load_model(path: str, model_class: type[Transformer] = CausalLM, *, lora: Lo
         adapters = {name for name in wanted if name.endswith((".lora_a", ".lora_b"))}
         head = {"value_head.weight", "value_head.bias"} & wanted.keys()
         ignored = frozenset() if model_class is CausalLM else frozenset({"output.weight", "lm_head.weight"})
-        view = NativeView(checkpoint, contents.config, wanted, optional=adapters | head, ignored=ignored,
-                          merge_lora=contents.lora.scale if contents.lora and not lora else None)
+        merged = contents.lora if not lora else None
+        view = NativeView(checkpoint, contents.config, native_tensors(model_class(contents.config, lora=merged)) if merged else wanted,
+                          optional=adapters | head, ignored=ignored, merge_lora=merged and merged.scale)
         if view.missing & adapters and adapters - view.missing:
             raise CheckpointError(f"{path}: some adapters are missing ({sorted(view.missing & adapters)[0]}, ...)")
         trains = {name for name, _ in model.named_parameters()
@@ -277,10 +278,10 @@ class Rewrite:
         model = (ValueModel if contents.has_value_head else CausalLM)(self.config, lora=lora, dtype=torch.float32)
         wanted = native_tensors(model)
         adapters = frozenset(name for name in wanted if name.endswith((".lora_a", ".lora_b")))
-        self._view = NativeView(self.checkpoint, self.config, wanted, optional=adapters if adapter else frozenset())
+        self._view = NativeView(self.checkpoint, self.config, wanted, optional=adapters if adapter else frozenset(),
+                                merge_lora=lora.scale if merge_lora else None, absent=self._from_peft)
         if self._peft:
             self._peft.check(wanted)
-        self._merge = lora.scale if lora and merge_lora else None
         self.lora = None if merge_lora else lora
         self.pieces = {name: piece for name, piece in wanted.items() if not merge_lora or name not in adapters}
         self._adapters = adapters
@@ -301,26 +302,25 @@ class Rewrite:
             return torch.float32 if native in self._view.missing else self._view.dtype(native)
         return self._dtype or self._view.dtype(native)
 
+    def stored_name(self, native: str) -> str:
+        """The tensor of the source that it comes from, or is a part of."""
+        return self._view.stored_name(native)
+
     def nbytes(self, native: str) -> int:
         return torch.Size(self.pieces[native].shape).numel() * self.dtype(native).itemsize
 
     def read(self, native: str) -> torch.Tensor:
         """A whole tensor of the result; it may view the mapped file."""
-        x = self._stored(native)
-        module = native.removesuffix(".weight")
-        if self._merge is not None and f"{module}.lora_a" in self._adapters:
-            delta = self._stored(f"{module}.lora_b").float() @ self._stored(f"{module}.lora_a").float()
-            x = delta.mul_(self._merge).add_(x)
         dtype = self.dtype(native)
-        y = x.to(dtype)
-        if dtype == torch.float16 and x.dtype != dtype and not y.isfinite().all() and x.isfinite().all():
-            raise CheckpointError(f"{self.checkpoint.path}: {native} has values up to {x.abs().max():.3g}, and fp16 ends at 65504. "
-                                  "Use bf16 or fp32.")
+        y = self._view.read(native, dtype=dtype)
+        if dtype == torch.float16 and (self._view.merge_lora is not None or self._view.dtype(native) != dtype) and not y.isfinite().all():
+            x = self._view.read(native, dtype=torch.float32)
+            if x.isfinite().all():
+                raise CheckpointError(f"{self.checkpoint.path}: {native} has values up to {x.abs().max():.3g}, and fp16 ends at 65504. "
+                                      "Use bf16 or fp32.")
         return y
 
-    def _stored(self, native: str) -> torch.Tensor:
-        if native not in self._view.missing:
-            return self._view.read(native)
+    def _from_peft(self, native: str) -> torch.Tensor:
         x = self._peft.read(native)
         # modules that the PEFT adapter leaves alone get new adapters, which add nothing until they are trained
         return _initial(native, replicated(native, self._view.wanted[native].shape), 0) if x is None else x
@@ -331,7 +331,7 @@ class Rewrite:
                  f"{len(files)} x {os.path.splitext(files[0].path)[1]}, {self.checkpoint.bytes_total / 1e9:.2f} GB"]
         if self._peft or self.contents.lora:
             lora = self._peft.lora if self._peft else self.contents.lora
-            parts.append(f"adapters of rank {lora.rank}, alpha {lora.alpha:g}{' to be merged' if self._merge is not None else ''}")
+            parts.append(f"adapters of rank {lora.rank}, alpha {lora.alpha:g}{'' if self.lora else ' to be merged'}")
         return ", ".join(parts + ["value head"] * self.contents.has_value_head)
 
     def check(self) -> None:

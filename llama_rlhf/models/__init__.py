@@ -25,7 +25,7 @@ def llama3_scaling(factor: float) -> dict:
 
 
 def _qwen1(dim, n_layers, n_heads, ffn_dim, vocab, trained=None, **more):
-    """trained: the length beyond which evaluation re-scales."""
+    """trained: the length beyond which positions are re-scaled."""
     return _llama(dim, n_layers, n_heads, ffn_dim, vocab=vocab, eps=1e-6, family="qwen", qkv_bias=True, embedding_cut="vocab",
                   ntk_beyond=trained, logn_beyond=trained, **more)
 
@@ -79,6 +79,11 @@ PRESETS = {
     "qwen-72b": _qwen1(8192, 80, 64, 24576, 152064, theta=1e6, length=32768),
     "qwen1.5-7b": _qwen2(4096, 32, 32, 32, 11008, 151936, False),
     "qwen1.5-14b": _qwen2(5120, 40, 40, 40, 13696, 152064, False),
+    "qwen1.5-72b": _qwen2(8192, 80, 64, 64, 24576, 152064, False),
+    "qwen2-0.5b": _qwen2(896, 24, 14, 2, 4864, 151936, True),
+    "qwen2-1.5b": _qwen2(1536, 28, 12, 2, 8960, 151936, True),
+    "qwen2-7b": _qwen2(3584, 28, 28, 4, 18944, 152064, False),
+    "qwen2-72b": _qwen2(8192, 80, 64, 8, 29568, 152064, False),
     "qwen2.5-0.5b": _qwen2(896, 24, 14, 2, 4864, 151936, True),
     "qwen2.5-1.5b": _qwen2(1536, 28, 12, 2, 8960, 151936, True),
     "qwen2.5-3b": _qwen2(2048, 36, 16, 2, 11008, 151936, True),

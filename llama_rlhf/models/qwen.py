@@ -3,7 +3,8 @@
 Qwen1.5/2/2.5: LLaMA with a bias on q, k and v. Qwen3: no bias, RMSNorm over head_dim on q and k, head_dim of its own.
 Qwen3-MoE: Qwen3 with experts in every layer; their weights sum to 1 only if norm_topk_prob, and are cast to the model's dtype.
 First generation: q, k, v fused as thirds of c_attn; mlp.w1 is up and w2 is gate; intermediate_size is twice the width. Beyond
-its training length it stretches the rotary base (dynamic NTK) and scales late queries by log n, in evaluation only.
+its training length it stretches the rotary base (dynamic NTK) and scales late queries by log n: here in training as well (its own
+code: only in evaluation), so that PPO scores the model that generated.
 Rotary order on disk is half-split in all of them, so q and k rows, biases and norm weights are re-ordered when read.
 """
 

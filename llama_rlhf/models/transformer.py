@@ -58,15 +58,17 @@ class Rows:
 
     lengths: tokens of each row, in order (python ints: slicing must not wait for a device).
     positions: [T] position of each token in its own row.
+    prompts: tokens of each row that are given at once when it is generated; None: all of them.
     """
 
     lengths: list[int]
     positions: torch.Tensor
+    prompts: list[int] | None = None
 
     @classmethod
-    def packed(cls, lengths: list[int], device=None) -> "Rows":
+    def packed(cls, lengths: list[int], device=None, prompts: list[int] | None = None) -> "Rows":
         positions = torch.cat([torch.arange(n) for n in lengths]) if lengths else torch.zeros(0, dtype=torch.long)
-        return cls(list(lengths), positions.to(device or groups.device()))
+        return cls(list(lengths), positions.to(device or groups.device()), prompts)
 
     def by_length(self) -> tuple["Rows", torch.Tensor | None]:
         """The same rows, longest first, and where their tokens stood: [T] (None: the order is the same)."""
@@ -290,14 +292,14 @@ class Attention(nn.Module):
         self.n_heads = partition.heads[rank][1] - partition.heads[rank][0]
         self.n_kv_heads = partition.kv_heads[rank][1] - partition.kv_heads[rank][0]
         mapping = partition.kv_of_query(rank)
-        uniform = self.n_heads % self.n_kv_heads == 0 and \
+        uniform = not self.n_heads or self.n_heads % self.n_kv_heads == 0 and \
             mapping == [h // (self.n_heads // self.n_kv_heads) for h in range(self.n_heads)]
         self.kv_of_query = None if uniform else mapping
         self.n_cache_heads = self.n_kv_heads if uniform else self.n_heads
 
     def forward(self, x: torch.Tensor, rows: Rows, places: Places, cache: KVCache | None, layer: int) -> torch.Tensor:
         """x: [T, dim] -> [T, dim]. With a cache: `rows` either starts at position 0 (prefill) or is one token each (decode)."""
-        qkv = self.wqkv(x).unflatten(-1, (-1, self.head_dim))               # [T, H + 2 Hkv, D]
+        qkv = self.wqkv(x).unflatten(-1, (self.n_heads + 2 * self.n_kv_heads, self.head_dim))   # [T, H + 2 Hkv, D]
         if places.turn is None:
             q, k, v = qkv.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], 1)
         elif self.q_norm is not None:
@@ -308,6 +310,8 @@ class Attention(nn.Module):
             q, k = apply_rotary(qk, places.turn).split([self.n_heads, self.n_kv_heads], 1)
         if places.query_scale is not None:
             q = q * places.query_scale
+        if not self.n_heads:                # more ranks than heads: nothing to attend to, but backward must still come through here
+            return self.wo((q + k + v).flatten(1))
         mapping = None if self.kv_of_query is None else torch.tensor(self.kv_of_query, device=x.device)
         if cache is None:
             out = packed_attention(q, k, v, rows, mapping, self.window, places.bias)
@@ -383,7 +387,8 @@ class Transformer(nn.Module):
     def forward(self, tokens: torch.Tensor, rows: Rows, cache: KVCache | None = None) -> torch.Tensor:
         """tokens: [T] ids of all rows, packed; rows: where each begins; cache: see kv_cache.KVCache.
 
-        In evaluation mode (`model.eval()`) models that re-scale positions beyond their training length do so.
+        Training, scoring and generating are the same function, `train()` and `eval()` change nothing: also of models that
+        re-scale positions beyond their training length.
         """
         order = None
         if cache is None:       # neighbours of similar length attend together
@@ -412,20 +417,23 @@ class Transformer(nn.Module):
             return Places(slopes=self._constants,
                           bias=None if decoding else alibi_bias(self._constants, max(rows.lengths), self.dtype))
         frequencies, query_scale = self._constants, None
-        if not self.training and config.ntk_beyond is not None:
+        if config.ntk_beyond is not None:
             frequencies = self._stretched(frequencies, rows, cache, config.ntk_beyond)
-        if not self.training and config.logn_beyond is not None:
+        if config.logn_beyond is not None:
             factor = (rows.positions + 1).float().log() / math.log(config.logn_beyond)
             query_scale = factor.clamp(min=1)[:, None, None].to(self.dtype)
         return Places(rotary_table(rows.positions, frequencies), query_scale=query_scale)
 
     @staticmethod
     def _stretched(frequencies: torch.Tensor, rows: Rows, cache: KVCache | None, trained: int) -> torch.Tensor:
-        """Dynamic NTK: each row's stretch is chosen from its length when it is prefilled, and kept while it grows."""
+        """Dynamic NTK: each row's stretch is chosen from the length of its prompt, and kept while it grows.
+
+        A row that comes whole, prompt and response, gets the stretch it was generated with: its log-probabilities are the sampler's.
+        """
         if cache is not None and cache.decoding:
             return stretched_frequencies(frequencies, cache.stretch[:len(rows.lengths)])
         device = rows.positions.device
-        stretch = torch.tensor([ntk_stretch(n, trained) for n in rows.lengths], device=device)
+        stretch = torch.tensor([ntk_stretch(n, trained) for n in rows.prompts or rows.lengths], device=device)
         if cache is not None:
             if cache.stretch is None:
                 cache.stretch = torch.ones(cache.n_slots, device=device)

@@ -2,7 +2,8 @@
 
 Weights are cut in units (query heads, kv heads, ffn rows, vocabulary rows). Rank r of n holds the query heads
 floor(r*H/n) .. floor((r+1)*H/n) and every kv head those queries read, so a kv head can be held by several ranks; on disk it
-belongs to the first of them only. All slicing, loading, saving and gradient bookkeeping derives from the ranges below.
+belongs to the first of them only. With more ranks than query heads some ranks hold none: they have no part in attention, but in
+everything else. All slicing, loading, saving and gradient bookkeeping derives from the ranges below.
 """
 
 from __future__ import annotations
@@ -22,19 +23,20 @@ class Partition:
 
     held[kind][r]: rows (start, stop) of the full dimension in rank r's memory; kinds: q, kv, ffn, vocab, hidden.
     owned[kind][r]: the same without repetition, in order: what rank r writes to its shard and counts in a norm.
-    Raises ValueError, naming sizes that work, when a rank would be left without a query head.
+    Raises ValueError, naming sizes that work, when a rank would be left without a word of the vocabulary.
     """
 
     def __init__(self, config: ModelConfig, n: int):
         if n < 1:
             raise ValueError(f"the number of tensor-parallel ranks must be at least 1, not {n}")
-        if n > config.n_heads:
-            raise ValueError(f"{config.n_heads} attention heads cannot be cut for {n} ranks: a rank would have none. "
-                             f"Use 1 to {config.n_heads} ranks.")
+        if n > config.vocab_size:
+            raise ValueError(f"a vocabulary of {config.vocab_size} cannot be cut for {n} ranks: a rank would have none of it. "
+                             f"Use 1 to {config.vocab_size} ranks.")
         self.n = n
         self.heads = even_ranges(config.n_heads, n)
         group = config.n_heads // config.n_kv_heads
-        self.kv_heads = tuple((start // group, (stop - 1) // group + 1) for start, stop in self.heads)
+        first_kv = lambda start, stop: start // group if start < stop else -(-start // group)  # noqa: E731
+        self.kv_heads = tuple((first_kv(start, stop), -(-stop // group)) for start, stop in self.heads)
         self.group, self.n_kv_heads = group, config.n_kv_heads
         owned_kv, done = [], 0
         for _, stop in self.kv_heads:           # a kv head belongs to the first rank that holds it
