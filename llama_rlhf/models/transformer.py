@@ -77,7 +77,8 @@ class Rows:
             return self, None
         starts = torch.tensor([0, *self.lengths]).cumsum(0).tolist()
         tokens = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in order]).to(self.positions.device)
-        return Rows([self.lengths[i] for i in order], self.positions[tokens]), tokens
+        prompts = None if self.prompts is None else [self.prompts[i] for i in order]
+        return Rows([self.lengths[i] for i in order], self.positions[tokens], prompts), tokens
 
     @functools.cached_property
     def grids(self) -> list[Grid]:
