@@ -118,7 +118,7 @@ def test_bf16_training_follows_fp32_through_master_weights(world_of_one, tmp_pat
         trainer = Trainer(line, lr=1e-6, total_steps=1000, schedule="constant", weight_decay=0.0)
         for _ in range(1000):
             trainer.step([0], lambda _: line.w.float().sum(), lambda _: 1)
-        moved[dtype] = (trainer.masters[0].detach() - start).mean().item()
+        moved[dtype] = (trainer.own[0][2].detach() - start).mean().item()
     assert abs(moved[torch.float32] + 1e-3) < 1e-5
     assert abs(moved[torch.bfloat16] - moved[torch.float32]) < 1e-5
 
