@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from llama_rlhf.losses import prediction_rows, token_logprobs
-from llama_rlhf.models.transformer import CausalLM, Rows, Transformer, ValueModel
+from llama_rlhf.models.transformer import CausalLM, Rows, Transformer, ValueModel, recompute_period
 from llama_rlhf.parallel import groups
 from llama_rlhf.parallel.gradients import copy_from_replicas, copy_shared_from_owners, gradient_norm, sum_over_replicas, sync_partial_gradients
 from llama_rlhf.parallel.layers import walk
@@ -61,7 +61,7 @@ class Trainer:
         if schedule not in ("cosine", "linear", "constant"):
             raise ValueError(f"--lr_schedule {schedule!r}: use cosine, linear or constant")
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        check_optimizer(precision, zero, {p.dtype for _, p in named})
+        check_options(precision, zero, {p.dtype for _, p in named})
         groups.keep_freed_memory()
         self.model, self.max_grad_norm, self.max_skipped_steps = model, max_grad_norm, max_skipped_steps
         self._rate = dict(peak=lr, total_steps=total_steps, warmup_steps=warmup_steps, final_ratio=final_lr_ratio, schedule=schedule)
@@ -260,8 +260,9 @@ class Trainer:
         return float(tensor)
 
 
-def check_optimizer(precision: str, zero: int, dtypes: set = frozenset()) -> None:
-    """ValueError for options that do not exist or do not go with parameters of these dtypes."""
+def check_options(precision: str, zero: int, dtypes: set[torch.dtype], recompute: str = "none") -> None:
+    """ValueError for options that do not exist or do not go with trained parameters of these dtypes."""
+    recompute_period(recompute)
     if precision not in ("master", "kahan"):
         raise ValueError(f"--optimizer_precision {precision!r}: use master or kahan")
     if precision == "kahan" and torch.float16 in dtypes:

@@ -298,6 +298,13 @@ def _recomputed(function, *args):
     return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
+def recompute_period(what: str) -> int:
+    """Of the blocks that backward computes again: all, 1; "k", every k-th; none, or mlp (every block's feed-forward instead), 0."""
+    if what not in ("none", "all", "mlp") and not (what.isdecimal() and int(what)):
+        raise ValueError(f"--activation_checkpointing {what!r}: use none, all, mlp, or a number k for every k-th block")
+    return int(what) if what.isdecimal() else int(what == "all")
+
+
 class Transformer(nn.Module):
     """Token ids [T] -> hidden states [T, dim] after the final norm. Built empty (meta); see checkpoint.shards.load_into."""
 
@@ -309,7 +316,7 @@ class Transformer(nn.Module):
         self.tok_norm = NORMS[config.norm](config.dim, config.norm_eps, dtype) if config.embedding_norm else None
         self.layers = nn.ModuleList(Block(config, self.partition, lora, dtype, i) for i in range(config.n_layers))
         self.norm = NORMS[config.norm](config.dim, config.norm_eps, dtype)
-        self.recompute_every = 0            # blocks 0, k, 2k, ... are recomputed in backward; see `recompute`
+        self.recompute_every = 0            # blocks 0, k, 2k, ... are; see `recompute`
         self._constants: torch.Tensor | None = None     # rotary frequencies or ALiBi slopes; never cast with the model: precision
 
     def forward(self, tokens: torch.Tensor, rows: Rows, cache: KVCache | None = None) -> torch.Tensor:
@@ -329,11 +336,8 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def recompute(self, what: str) -> None:
-        """What backward computes again instead of keeping it: none; all blocks (about a third more time); mlp, every block's feed-forward;
-        or k, every k-th block. ValueError for anything else."""
-        if what not in ("none", "all", "mlp") and not (what.isdigit() and int(what)):
-            raise ValueError(f"--activation_checkpointing {what!r}: use none, all, mlp, or a number k for every k-th block")
-        self.recompute_every = int(what) if what.isdigit() else {"all": 1}.get(what, 0)
+        """What backward computes again instead of keeping it: see `recompute_period`."""
+        self.recompute_every = recompute_period(what)
         for block in self.layers:
             block.recompute_mlp = what == "mlp"
 
