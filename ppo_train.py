@@ -177,7 +177,7 @@ def main(
     from llama_rlhf.losses import kl_estimate
     from llama_rlhf.parallel import groups
     from llama_rlhf.parallel.layers import Lora
-    from llama_rlhf.plan import plan_ppo, report
+    from llama_rlhf.plan import plan_ppo, report_memory
     from llama_rlhf.ppo import UpdateSettings, rollout_statistics, update_actor, update_critic, warnings
     from llama_rlhf.roles import check_same_tokenizer, load_roles
     from llama_rlhf.rollout import Prompt, Reward, Rollout, RolloutSettings, collect, load_reward_function
@@ -418,7 +418,7 @@ def main(
             save(step)
         if asked:
             interrupt.leave(run_log)
-    report(run_log, memory, lambda: plan_ppo(cli.resolved, models=roles.all(), prompts=[len(p.tokens) for p in fitting]))
+    report_memory(run_log, memory, lambda: plan_ppo(cli.resolved, models=roles.all(), prompts=[len(p.tokens) for p in fitting]))
     run_log.close()
     groups.shutdown()
 

@@ -61,7 +61,7 @@ def main(
         train_file: json list or jsonl of judged responses, see above
         log_dir: default: save_dir/log
         model_type: a preset such as llama-2-7b, needed only when the checkpoint has no config of its own
-        max_batch_size: per micro-batch and replica: labelled responses, or problems with all their compared responses
+        max_batch_size: per micro-batch and replica: labelled responses, or problems with all their compared responses; -1: as --max_batch_tokens allows
         max_batch_tokens: tokens per micro-batch at most; -1: no limit
         accumulation_steps: micro-batches per optimizer step
         lora_rank: -1 trains all weights; 16 trains adapters of that rank on every linear layer, and the head
@@ -114,7 +114,7 @@ def main(
     from llama_rlhf.parallel import groups
     from llama_rlhf.parallel.layers import Lora
     from llama_rlhf.reward import JointModel, choose_loss, count, count_judgements, evaluate_verifier, measure_score, objective, show_verifier
-    from llama_rlhf.plan import plan_training, report
+    from llama_rlhf.plan import plan_training, report_memory
     from llama_rlhf.runlog import Average, PeakMemory, RunLog, peak_memory_gb
     from llama_rlhf.tokenizer import load_tokenizer
     from llama_rlhf.trainer import Trainer, check_options
@@ -127,6 +127,8 @@ def main(
     with groups.together("checking the arguments and the data"):
         if lora_rank == 0 or lora_rank < -1:
             raise ValueError(f"--lora_rank {lora_rank}: use -1 to train all weights, or a rank such as 16")
+        if max_batch_size == -1 and max_batch_tokens > 0:
+            max_batch_size = max_batch_tokens        # a row has a token at least: only their sum counts
         if min(max_batch_size, accumulation_steps, epochs, log_steps) < 1:
             raise ValueError("--max_batch_size, --accumulation_steps, --epochs and --log_steps must be at least 1")
         if max_steps != -1 and max_steps < 1:
@@ -257,7 +259,7 @@ def main(
     micro = [indices for epoch in range(epochs) for step_batches in epoch_of_micro_batches(epoch) for indices in step_batches][:total_steps * accumulation_steps]
     largest = max(micro, key=lambda indices: sum(len(examples[i].tokens) for i in indices))
     rows_of = lambda indices: [(len(row), examples[i].prompt_len) for i in indices for row in examples[i].responses]  # noqa: E731
-    report(run_log, memory, lambda: plan_training(cli.resolved, config=model.config, rows=rows_of(largest), scored=rows_of(range(len(examples)))))
+    report_memory(run_log, memory, lambda: plan_training(cli.resolved, config=model.config, rows=rows_of(largest), scored=rows_of(range(len(examples)))))
     run_log.close()
     groups.shutdown()
 

@@ -61,7 +61,7 @@ class Plan:
         return f"memory of this rank: planned {self.total / 1e9:.3f} GB, peak {peak / 1e9:.3f} GB ({peak / self.total - 1:+.1%})"
 
 
-def report(run_log, memory, make: Callable[[], Plan]) -> None:
+def report_memory(run_log, memory, make: Callable[[], Plan]) -> None:
     """Rank 0's peak beside the plan, in the log of a run."""
     peak = memory.n_bytes       # first: planning takes some itself
     if groups.is_main():
@@ -98,8 +98,10 @@ def _layout(flags: dict, config: ModelConfig | None):
 
 def _full(f, length: int, max_tokens: int) -> list[tuple[int, int]]:
     """The largest micro-batch of rows of this length that the flags allow."""
-    fitting = length if max_tokens == -1 else max(1, max_tokens // length)
-    return [(length, 1)] * (fitting if f.max_batch_size == -1 else f.max_batch_size if max_tokens == -1 else min(f.max_batch_size, fitting))
+    limits = [n for n in (f.max_batch_size, max(1, max_tokens // length) if max_tokens != -1 else -1) if n != -1]
+    if not limits or min(limits) < 1:
+        raise ValueError(f"--max_batch_size {f.max_batch_size}: give the rows of a micro-batch, or -1 together with --max_batch_tokens")
+    return [(length, 1)] * min(limits)
 
 
 def _packed(length: int, tokens: int) -> list[tuple[int, int]]:
