@@ -172,13 +172,16 @@ def main(
             others = (against, first_answers(against, rows, rule)) if against else None
         verifier = load_model(verifier_ckpt_dir, ValueModel, dtype=groups.default_dtype(dtype), trainable=False, need_head=True)
         check_vocabulary(verifier_tokenizer, verifier, verifier_ckpt_dir)
+        if samples_file:
+            memory.start()
         score_samples(verifier, verifier_tokenizer, rows, **prompt_options)
         write_samples(written[0], rows)
         metrics["selection"] = select(rows, verifier.score, others)
         groups.log(show_selection(metrics["selection"]))
     if groups.is_main():
         from llama_rlhf.cli import resolved
-        planned, peak = (plan_evaluation(resolved, config=config or verifier.config, prompts=[len(prompt) for prompt in prompts])), memory.n_bytes
+        peak = memory.n_bytes       # first: planning takes some itself
+        planned = plan_evaluation(resolved, config=config or verifier.config, prompts=[len(prompt) for prompt in prompts])
         metrics["memory"] = planned.beside(peak)
         groups.log(planned.line(peak))
         store.write_json(written[1], {**metrics, "arguments": resolved, "environment": environment()})
