@@ -49,7 +49,7 @@ def test_planned_bytes_are_those_of_a_real_step(name, model_class, lora_rank, op
     for n in (1, 2):
         for real, planned in run_ranks(n, real_peaks, str(tmp_path), model_class, lora_rank, options):
             assert planned["weights"] == real["weights"] and planned["optimizer"] == real["optimizer"]
-            assert planned["peak"] == pytest.approx(real["peak"], rel=0.05 if name == "mixtral" else 0.005), n
+            assert planned["peak"] == pytest.approx(real["peak"], rel=0.05 if name == "mixtral" else 0.01), n
 
 
 def test_generation_is_planned_as_it_runs(world_of_one, tmp_path):
