@@ -67,12 +67,16 @@ def main(
     save_rollouts: bool = False,
     replay: str = "",
     keep_resident: str = "auto",
-    activation_checkpointing: bool = False,
+    activation_checkpointing: str = "none",
+    optimizer_precision: str = "master",
+    zero: int = 0,
     seed: int = 0,
     dtype: str = "auto",
     model_parallel_size: int = -1,
     tokenizer_file: str = "",
     chat_format: str | None = None,
+    plan: bool = False,
+    plan_ranks: int = -1,
     device: str = "auto",
     timeout_seconds: float = 600.0,
 ):
@@ -145,12 +149,16 @@ def main(
         save_rollouts: write every buffer to log_dir/rollout-N.pt
         replay: a rollout-N.pt: one update from it instead of new responses, then save and stop; its scores are as they were
         keep_resident: auto, always or never: on CUDA, whether idle models stay on the device
-        activation_checkpointing: recompute blocks in the backward pass: less memory, about a third more time
+        activation_checkpointing: what backward recomputes instead of keeping it: none, all blocks (about a third more time), mlp, or a number k: every k-th block
+        optimizer_precision: where the updates of bf16 weights go that bf16 cannot hold: master, an fp32 copy; kahan, 16 bits more, 2 bytes less
+        zero: 1 shares the optimizer state among the data-parallel replicas
         seed: of samples, order, new heads and adapters
-        dtype: auto, bf16 or fp32; bf16 keeps fp32 master weights
+        dtype: auto, bf16, fp32, or fp16 on a GPU, with a scaled loss
         model_parallel_size: tensor-parallel ranks; -1: all processes; the rest are data-parallel replicas
         tokenizer_file: when it is not beside the weights
         chat_format: llama-2, mistral-v1, mistral-v3, chatml or llama-3, for a tokenizer without a template of its own
+        plan: only print what a rank needs of memory; needs --model_type or a checkpoint, nothing is read besides or allocated
+        plan_ranks: with --plan: the number of processes to plan for; -1: as many as were started, or --model_parallel_size
         device: auto, cpu or cuda
         timeout_seconds: longest wait in a collective before the run ends with an error
     """
@@ -169,17 +177,21 @@ def main(
     from llama_rlhf.losses import kl_estimate
     from llama_rlhf.parallel import groups
     from llama_rlhf.parallel.layers import Lora
+    from llama_rlhf.plan import plan_ppo, report_memory
     from llama_rlhf.ppo import UpdateSettings, rollout_statistics, update_actor, update_critic, warnings
     from llama_rlhf.roles import check_same_tokenizer, load_roles
     from llama_rlhf.rollout import Prompt, Reward, Rollout, RolloutSettings, collect, load_reward_function
-    from llama_rlhf.runlog import Clock, RunLog, peak_memory_gb
+    from llama_rlhf.runlog import Clock, PeakMemory, RunLog, peak_memory_gb
     from llama_rlhf.tasks import get_task
     from llama_rlhf.tokenizer import load_tokenizer
-    from llama_rlhf.trainer import Trainer
+    from llama_rlhf.trainer import Trainer, check_options
 
     def chosen(value):
         return None if value == -1 else value
 
+    if plan:
+        plan_ppo(cli.resolved).show()
+        return
     groups.initialize(model_parallel_size, timeout_seconds=timeout_seconds, device=device)
     critic_given = critic_ckpt_dir
     actor_ckpt_dir, reward_model_ckpt_dir = store.resolve(actor_ckpt_dir), store.resolve(reward_model_ckpt_dir)
@@ -209,8 +221,7 @@ def main(
         if not 0 <= warmup_ratio <= 1 or max_iterations < 1 and max_iterations != -1 or critic_warmup < -1:
             raise ValueError(f"--warmup_ratio {warmup_ratio} must lie between 0 and 1, --max_iterations {max_iterations} be at least 1 (or -1), "
                              f"--critic_warmup {critic_warmup} at least 0 (or -1)")
-        if dtype == "fp16":
-            raise ValueError("--dtype fp16: training needs loss scaling, which is not here; use bf16 or fp32")
+        check_options(optimizer_precision, zero, {groups.default_dtype(dtype)}, activation_checkpointing)
         if not (rule_weight or reward_function or reward_model_ckpt_dir and reward_model_weight):
             raise ValueError("no reward: give --reward_model_ckpt_dir, --reward_function or a --rule_weight")
         if keep_last == 0 or keep_last < -1:
@@ -267,7 +278,7 @@ def main(
     start, state = earlier.get("step", 0), earlier.get("run", {})
     actor_start, critic_start = starts[0] or actor_ckpt_dir, starts[-1] or critic_ckpt_dir
 
-    lora = Lora(lora_rank, lora_alpha) if lora_rank > 0 else None
+    lora, memory = Lora(lora_rank, lora_alpha) if lora_rank > 0 else None, PeakMemory()
     train_dtype = groups.default_dtype(dtype)
     roles = load_roles(actor_dir=actor_ckpt_dir, start_dir=actor_start, critic_dir=critic_ckpt_dir, critic_start_dir=critic_start,
                        reward_dir=reward_model_ckpt_dir if reward_model_weight else "", reward_weight=reward_model_weight,
@@ -289,7 +300,7 @@ def main(
         test_prompts = encode_problems(tokenizer, test_problems, label_file, longest, use_chat_template=use_chat_template, system_prompt=system_prompt)
     for model in (actor, critic):
         if model is not None:
-            model.checkpoint_blocks = activation_checkpointing
+            model.recompute(activation_checkpointing)
 
     per_epoch = len(fitting) // n_prompts
     iterations = per_epoch * epochs if max_iterations == -1 else min(per_epoch * epochs, max_iterations)
@@ -297,7 +308,7 @@ def main(
     warmup = critic_warmup if critic_warmup != -1 else 2 if roles.critic_is_new else 0
     warmup = 0 if critic is None or replay else min(warmup, iterations - 1)
     steps_each = inner_epochs * math.ceil(max_buffer_size / minibatch_size)
-    options = dict(schedule=lr_schedule, weight_decay=weight_decay, max_grad_norm=max_grad_norm, eps=1e-5)
+    options = dict(schedule=lr_schedule, weight_decay=weight_decay, max_grad_norm=max_grad_norm, eps=1e-5, precision=optimizer_precision, zero=zero)
 
     def trainer_of(model, lr, default, n_iterations):
         steps = n_iterations * steps_each
@@ -350,6 +361,7 @@ def main(
         run_log.write(f"saved {os.path.join(actor_save_dir, f'step-{step}')}")
 
     interrupt = Interrupt()
+    memory.start()
     if test_problems and not start:
         evaluate_actor(0)
     for iteration in range(start, iterations):
@@ -406,6 +418,7 @@ def main(
             save(step)
         if asked:
             interrupt.leave(run_log)
+    report_memory(run_log, memory, lambda: plan_ppo(cli.resolved, models=roles.all(), prompts=[len(p.tokens) for p in fitting]))
     run_log.close()
     groups.shutdown()
 

@@ -31,6 +31,8 @@ def main(
     model_parallel_size: int = -1,
     tokenizer_file: str = "",
     chat_format: str | None = None,
+    plan: bool = False,
+    plan_ranks: int = -1,
     device: str = "auto",
     timeout_seconds: float = 600.0,
     compare: list[str] | None = None,
@@ -67,6 +69,8 @@ def main(
         model_parallel_size: tensor-parallel ranks; -1: all processes; the rest are replicas that share the problems
         tokenizer_file: when it is not beside the weights
         chat_format: llama-2, mistral-v1, mistral-v3, chatml or llama-3, for a tokenizer without a template of its own
+        plan: only print what a rank needs of memory; needs --model_type or a checkpoint, nothing is read besides or allocated
+        plan_ranks: with --plan: the number of processes to plan for; -1: as many as were started, or --model_parallel_size
         device: auto, cpu or cuda
         timeout_seconds: longest wait in a collective before the run ends with an error
         compare: instead of evaluating: log_dirs of earlier evaluations, comma-separated, to set side by side
@@ -75,6 +79,12 @@ def main(
         from llama_rlhf.evaluation import compare_runs
 
         print(compare_runs(compare))
+        return
+    if plan:
+        from llama_rlhf.cli import resolved
+        from llama_rlhf.plan import plan_evaluation
+
+        plan_evaluation(resolved).show()
         return
     if bool(ckpt_dir) == bool(samples_file):
         raise ValueError("give either --ckpt_dir, the model to evaluate, or --samples_file with answers it gave "
@@ -94,7 +104,8 @@ def main(
     from llama_rlhf.models.transformer import ValueModel
     from llama_rlhf.parallel import groups
     from llama_rlhf.reward import check_reward_model
-    from llama_rlhf.runlog import environment
+    from llama_rlhf.plan import plan_evaluation
+    from llama_rlhf.runlog import PeakMemory, environment
     from llama_rlhf.sampling import Sampling
     from llama_rlhf.tasks import get_task
     from llama_rlhf.tokenizer import load_tokenizer
@@ -133,6 +144,7 @@ def main(
     written = [os.path.join(log_dir, name) for name in ("samples.jsonl", "metrics.json")]
     if groups.is_main() and os.path.exists(written[1]):
         os.remove(written[1])        # never beside the samples of another run
+    memory, config, prompts = PeakMemory(), None, []
     if not samples_file:
         model = load_model(ckpt_dir, dtype=groups.default_dtype(dtype), model_type=model_type)
         longest = model.config.max_seq_len if max_seq_len == -1 else max_seq_len
@@ -143,6 +155,8 @@ def main(
             prompts = encode_problems(tokenizer, problems, label_file, longest, **prompt_options)
         groups.log(f"{len(problems)} problems of {label_file}, model {ckpt_dir}: {model.config.n_parameters / 1e6:.1f} M weights, "
                    f"{groups.tp_size()} tensor-parallel x {groups.dp_size()} data-parallel ranks, {model.dtype}")
+        config = model.config
+        memory.start()
         rows, speed = answer(model, tokenizer, kind, problems, prompts, rule=rule, max_batch_size=max_batch_size, max_new_tokens=max_new_tokens,
                              max_seq_len=longest, n_samples=num_samples_per_prompt, sampling=sampling)
         write_samples(written[0], rows)
@@ -158,12 +172,18 @@ def main(
             others = (against, first_answers(against, rows, rule)) if against else None
         verifier = load_model(verifier_ckpt_dir, ValueModel, dtype=groups.default_dtype(dtype), trainable=False, need_head=True)
         check_vocabulary(verifier_tokenizer, verifier, verifier_ckpt_dir)
+        if samples_file:
+            memory.start()
         score_samples(verifier, verifier_tokenizer, rows, **prompt_options)
         write_samples(written[0], rows)
         metrics["selection"] = select(rows, verifier.score, others)
         groups.log(show_selection(metrics["selection"]))
     if groups.is_main():
         from llama_rlhf.cli import resolved
+        peak = memory.n_bytes       # first: planning takes some itself
+        planned = plan_evaluation(resolved, config=config or verifier.config, prompts=[len(prompt) for prompt in prompts])
+        metrics["memory"] = planned.beside(peak)
+        groups.log(planned.line(peak))
         store.write_json(written[1], {**metrics, "arguments": resolved, "environment": environment()})
     groups.log(f"written: {log_dir}/samples.jsonl and metrics.json")
     groups.shutdown()

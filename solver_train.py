@@ -33,12 +33,16 @@ def main(
     save_steps: int = -1,
     resume: str = "auto",
     log_steps: int = 10,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: str = "none",
+    optimizer_precision: str = "master",
+    zero: int = 0,
     seed: int = 0,
     dtype: str = "auto",
     model_parallel_size: int = -1,
     tokenizer_file: str = "",
     chat_format: str | None = None,
+    plan: bool = False,
+    plan_ranks: int = -1,
     device: str = "auto",
     timeout_seconds: float = 600.0,
 ):
@@ -52,7 +56,7 @@ def main(
         train_file: json list or jsonl of {"instruction", "output"} (or question/answer, query/response, chat messages)
         log_dir: default: save_dir/log
         model_type: a preset such as llama-2-7b, needed only when the checkpoint has no config of its own
-        max_batch_size: rows per micro-batch and replica
+        max_batch_size: rows per micro-batch and replica; -1: as many as --max_batch_tokens allows
         max_batch_tokens: tokens per micro-batch at most; -1: no limit
         accumulation_steps: micro-batches per optimizer step
         lora_rank: -1 trains all weights; 16 trains adapters of that rank on every linear layer
@@ -75,12 +79,16 @@ def main(
         save_steps: also save every so many optimizer steps; -1: only at the end of epochs
         resume: auto continues the run that save_dir holds, exactly, if the settings are the same; never refuses such a folder
         log_steps: optimizer steps between lines of the log
-        activation_checkpointing: recompute blocks in the backward pass: less memory, about a third more time
+        activation_checkpointing: what backward recomputes instead of keeping it: none, all blocks (about a third more time), mlp, or a number k: every k-th block
+        optimizer_precision: where the updates of bf16 weights go that bf16 cannot hold: master, an fp32 copy; kahan, 16 bits more, 2 bytes less
+        zero: 1 shares the optimizer state among the data-parallel replicas
         seed: of the order of the data and new adapters
-        dtype: auto, bf16 or fp32; bf16 keeps fp32 master weights
+        dtype: auto, bf16, fp32, or fp16 on a GPU, with a scaled loss
         model_parallel_size: tensor-parallel ranks; -1: all processes; the rest are data-parallel replicas
         tokenizer_file: when it is not beside the weights
         chat_format: llama-2, mistral-v1, mistral-v3, chatml or llama-3, for a tokenizer without a template of its own
+        plan: only print what a rank needs of memory; needs --model_type or a checkpoint, nothing is read besides or allocated
+        plan_ranks: with --plan: the number of processes to plan for; -1: as many as were started, or --model_parallel_size
         device: auto, cpu or cuda
         timeout_seconds: longest wait in a collective before the run ends with an error
     """
@@ -97,24 +105,29 @@ def main(
     from llama_rlhf.interrupt import Interrupt
     from llama_rlhf.parallel import groups
     from llama_rlhf.parallel.layers import Lora
-    from llama_rlhf.runlog import Average, RunLog, peak_memory_gb
+    from llama_rlhf.plan import plan_training, report_memory
+    from llama_rlhf.runlog import Average, PeakMemory, RunLog, peak_memory_gb
     from llama_rlhf.tasks import get_task
     from llama_rlhf.tokenizer import load_tokenizer
-    from llama_rlhf.trainer import Trainer, response_logprobs
+    from llama_rlhf.trainer import Trainer, check_options, response_logprobs
 
+    if plan:
+        plan_training(cli.resolved).show()
+        return
     groups.initialize(model_parallel_size, timeout_seconds=timeout_seconds, device=device)
     ckpt_dir = store.resolve(ckpt_dir)
     with groups.together("checking the arguments and the data"):
         if lora_rank == 0 or lora_rank < -1:
             raise ValueError(f"--lora_rank {lora_rank}: use -1 to train all weights, or a rank such as 16")
+        if max_batch_size == -1 and max_batch_tokens > 0:
+            max_batch_size = max_batch_tokens        # a row has a token at least: only their sum counts
         if min(max_batch_size, accumulation_steps, epochs, log_steps, eval_batch_size, max_new_tokens) < 1:
             raise ValueError("--max_batch_size, --accumulation_steps, --epochs, --log_steps, --eval_batch_size and --max_new_tokens must be at least 1")
         if max_steps != -1 and max_steps < 1:
             raise ValueError(f"--max_steps {max_steps}: use -1 for no limit, or at least 1")
         if lr != -1 and lr <= 0 or not 0 <= warmup_ratio <= 1:
             raise ValueError(f"--lr {lr} must be positive (or -1 for the default) and --warmup_ratio {warmup_ratio} between 0 and 1")
-        if dtype == "fp16":
-            raise ValueError("--dtype fp16: training needs loss scaling, which is not here yet; small gradients would vanish. Use bf16 or fp32.")
+        check_options(optimizer_precision, zero, {groups.default_dtype(dtype)}, activation_checkpointing)
         companions = companions_folder(tokenizer_file) or ckpt_dir
         tokenizer = load_tokenizer(tokenizer_file or ckpt_dir, chat_format=chat_format)
         report = DataReport()
@@ -130,9 +143,9 @@ def main(
     store.claim(save_dir)
     run = store.identity(cli.resolved, groups.default_dtype(dtype), model=ckpt_dir)
     (start,), earlier = store.find_start([save_dir], run, resume)
-    lora = Lora(lora_rank, lora_alpha) if lora_rank > 0 else None
+    lora, memory = Lora(lora_rank, lora_alpha) if lora_rank > 0 else None, PeakMemory()
     model = load_model(start or ckpt_dir, verify=not start, lora=lora, dtype=groups.default_dtype(dtype), model_type=model_type, seed=seed)
-    model.checkpoint_blocks = activation_checkpointing
+    model.recompute(activation_checkpointing)
     n_bytes = sum(groups.gather_objects(sum(p.nbytes for p in model.parameters()) if groups.dp_rank() == 0 else 0))
     with groups.together(f"checking the space in {save_dir}"):
         store.check_free_space(save_dir, n_bytes)       # for the first save: better now than after an epoch
@@ -150,7 +163,8 @@ def main(
     steps_planned = sum(len(epoch_of_micro_batches(epoch)) for epoch in range(epochs))
     total_steps = steps_planned if max_steps == -1 else min(steps_planned, max_steps)
     trainer = Trainer(model, lr=lr if lr > 0 else (1e-5 if lora is None else 2e-4), total_steps=total_steps, schedule=lr_schedule,
-                      warmup_steps=math.ceil(warmup_ratio * total_steps), weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+                      warmup_steps=math.ceil(warmup_ratio * total_steps), weight_decay=weight_decay, max_grad_norm=max_grad_norm,
+                      precision=optimizer_precision, zero=zero)
     run_log = RunLog(log_dir, total=total_steps)
     run_log.write(f"{train_file}: {report}\n{trainer.describe()}\n{groups.tp_size()} tensor-parallel x {groups.dp_size()} data-parallel "
                   f"ranks, {model.dtype}, {total_steps} steps\nfirst sample, trained part in brackets: {show_example(examples[0], tokenizer)}")
@@ -168,6 +182,7 @@ def main(
         run_log.write(f"saved {os.path.join(save_dir, name)}")
 
     interrupt = Interrupt()
+    memory.start()
     step, since, of_epoch, seen = 0, Average(), Average(), 0
     if start:
         load_training_state(trainer, start)
@@ -190,7 +205,7 @@ def main(
             run_log.advance(loss=f"{since.loss:.3f}", tok_s=f"{since.tokens_per_second:.0f}")
             if step % log_steps == 0 or step == total_steps:
                 run_log.record("train", step=step, epoch=epoch + 1, loss=since.loss, perplexity=since.perplexity, lr=result.lr,
-                               grad_norm=result.grad_norm, tokens_per_second=since.tokens_per_second, skipped=trainer.skipped_steps,
+                               grad_norm=result.grad_norm, tokens_per_second=since.tokens_per_second, **trainer.counters(),
                                peak_memory_gb=peak_memory_gb())
                 run_log.write(f"step {step}/{total_steps}  loss {since.loss:.4f}  perplexity {since.perplexity:.3f}  lr {result.lr:.2e}  "
                               f"grad_norm {result.grad_norm:.2f}  {since.tokens_per_second:.0f} tok/s  {peak_memory_gb():.2f} GB")
@@ -213,6 +228,10 @@ def main(
         save(f"epoch-{epoch + 1}" if finished_epoch else f"step-{step}", epoch + 1 if finished_epoch else epoch)
         if step >= total_steps:
             break
+    micro = [indices for epoch in range(epochs) for step_batches in epoch_of_micro_batches(epoch) for indices in step_batches][:total_steps * accumulation_steps]
+    largest = max(micro, key=lambda indices: sum(len(examples[i].tokens) for i in indices))
+    report_memory(run_log, memory, lambda: plan_training(cli.resolved, config=model.config, rows=[(len(examples[i].tokens), examples[i].prompt_len) for i in largest],
+                                                         prompts=[len(prompt) for prompt in prompts]))
     run_log.close()
     groups.shutdown()
 

@@ -35,12 +35,16 @@ def main(
     save_steps: int = -1,
     resume: str = "auto",
     log_steps: int = 10,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: str = "none",
+    optimizer_precision: str = "master",
+    zero: int = 0,
     seed: int = 0,
     dtype: str = "auto",
     model_parallel_size: int = -1,
     tokenizer_file: str = "",
     chat_format: str | None = None,
+    plan: bool = False,
+    plan_ranks: int = -1,
     device: str = "auto",
     timeout_seconds: float = 600.0,
 ):
@@ -57,7 +61,7 @@ def main(
         train_file: json list or jsonl of judged responses, see above
         log_dir: default: save_dir/log
         model_type: a preset such as llama-2-7b, needed only when the checkpoint has no config of its own
-        max_batch_size: per micro-batch and replica: labelled responses, or problems with all their compared responses
+        max_batch_size: per micro-batch and replica: labelled responses, or problems with all their compared responses; -1: as --max_batch_tokens allows
         max_batch_tokens: tokens per micro-batch at most; -1: no limit
         accumulation_steps: micro-batches per optimizer step
         lora_rank: -1 trains all weights; 16 trains adapters of that rank on every linear layer, and the head
@@ -82,12 +86,16 @@ def main(
         save_steps: also save every so many optimizer steps; -1: only at the end of epochs
         resume: auto continues the run that save_dir holds, exactly, if the settings are the same; never refuses such a folder
         log_steps: optimizer steps between lines of the log
-        activation_checkpointing: recompute blocks in the backward pass: less memory, about a third more time
+        activation_checkpointing: what backward recomputes instead of keeping it: none, all blocks (about a third more time), mlp, or a number k: every k-th block
+        optimizer_precision: where the updates of bf16 weights go that bf16 cannot hold: master, an fp32 copy; kahan, 16 bits more, 2 bytes less
+        zero: 1 shares the optimizer state among the data-parallel replicas
         seed: of the order of the data, the new head and adapters, and the numbers that are changed
-        dtype: auto, bf16 or fp32; bf16 keeps fp32 master weights, and the head is fp32
+        dtype: auto, bf16, fp32, or fp16 on a GPU, with a scaled loss; the head is fp32
         model_parallel_size: tensor-parallel ranks; -1: all processes; the rest are data-parallel replicas
         tokenizer_file: when it is not beside the weights
         chat_format: llama-2, mistral-v1, mistral-v3, chatml or llama-3, for a tokenizer without a template of its own
+        plan: only print what a rank needs of memory; needs --model_type or a checkpoint, nothing is read besides or allocated
+        plan_ranks: with --plan: the number of processes to plan for; -1: as many as were started, or --model_parallel_size
         device: auto, cpu or cuda
         timeout_seconds: longest wait in a collective before the run ends with an error
     """
@@ -106,15 +114,21 @@ def main(
     from llama_rlhf.parallel import groups
     from llama_rlhf.parallel.layers import Lora
     from llama_rlhf.reward import JointModel, choose_loss, count, count_judgements, evaluate_verifier, measure_score, objective, show_verifier
-    from llama_rlhf.runlog import Average, RunLog, peak_memory_gb
+    from llama_rlhf.plan import plan_training, report_memory
+    from llama_rlhf.runlog import Average, PeakMemory, RunLog, peak_memory_gb
     from llama_rlhf.tokenizer import load_tokenizer
-    from llama_rlhf.trainer import Trainer
+    from llama_rlhf.trainer import Trainer, check_options
 
+    if plan:
+        plan_training(cli.resolved).show()
+        return
     groups.initialize(model_parallel_size, timeout_seconds=timeout_seconds, device=device)
     ckpt_dir = store.resolve(ckpt_dir)
     with groups.together("checking the arguments and the data"):
         if lora_rank == 0 or lora_rank < -1:
             raise ValueError(f"--lora_rank {lora_rank}: use -1 to train all weights, or a rank such as 16")
+        if max_batch_size == -1 and max_batch_tokens > 0:
+            max_batch_size = max_batch_tokens        # a row has a token at least: only their sum counts
         if min(max_batch_size, accumulation_steps, epochs, log_steps) < 1:
             raise ValueError("--max_batch_size, --accumulation_steps, --epochs and --log_steps must be at least 1")
         if max_steps != -1 and max_steps < 1:
@@ -124,8 +138,7 @@ def main(
                              "between 0 and 1")
         if min(margin, centre, lm_loss_weight) < 0:
             raise ValueError("--margin, --centre and --lm_loss_weight cannot be negative")
-        if dtype == "fp16":
-            raise ValueError("--dtype fp16: training needs loss scaling, which is not here yet; small gradients would vanish. Use bf16 or fp32.")
+        check_options(optimizer_precision, zero, {groups.default_dtype(dtype)}, activation_checkpointing)
         companions = companions_folder(tokenizer_file) or ckpt_dir
         tokenizer = load_tokenizer(tokenizer_file or ckpt_dir, chat_format=chat_format)
         kind, problems = judged_problems(read_records(train_file), seed=seed)
@@ -149,10 +162,10 @@ def main(
     (start,), earlier = store.find_start([save_dir], run, resume)
     if start and lm_loss_weight:
         raise ValueError(f"{start}: a run with --lm_loss_weight cannot be continued, its language-model head is not saved. Choose another --save_dir.")
-    lora = Lora(lora_rank, lora_alpha) if lora_rank > 0 else None
+    lora, memory = Lora(lora_rank, lora_alpha) if lora_rank > 0 else None, PeakMemory()
     model = load_model(start or ckpt_dir, verify=not start, model_class=JointModel if lm_loss_weight else ValueModel, lora=lora, dtype=groups.default_dtype(dtype),
                        model_type=model_type, seed=seed)
-    model.checkpoint_blocks = activation_checkpointing
+    model.recompute(activation_checkpointing)
     n_bytes = sum(groups.gather_objects(sum(p.nbytes for p in model.parameters()) if groups.dp_rank() == 0 else 0))
     with groups.together(f"checking the space in {save_dir}"):
         store.check_free_space(save_dir, n_bytes)       # for the first save: better now than after an epoch
@@ -169,7 +182,8 @@ def main(
     steps_planned = sum(len(epoch_of_micro_batches(epoch)) for epoch in range(epochs))
     total_steps = steps_planned if max_steps == -1 else min(steps_planned, max_steps)
     trainer = Trainer(model, lr=lr if lr > 0 else (1e-5 if lora is None else 2e-4), total_steps=total_steps, schedule=lr_schedule,
-                      warmup_steps=math.ceil(warmup_ratio * total_steps), weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+                      warmup_steps=math.ceil(warmup_ratio * total_steps), weight_decay=weight_decay, max_grad_norm=max_grad_norm,
+                      precision=optimizer_precision, zero=zero)
     run_log = RunLog(log_dir, total=total_steps)
     if kind == "solutions":
         run_log.write(f"{train_file} holds right solutions only. Wrong ones were made by changing the answer and other numbers: a verifier can "
@@ -194,6 +208,7 @@ def main(
         run_log.write(f"saved {os.path.join(save_dir, name)}")
 
     of_epoch, seen, interrupt = Average(), 0, Interrupt()
+    memory.start()
     if start:
         load_training_state(trainer, start)
         step, since, of_epoch = earlier["step"], Average(**earlier["run"]["since"]), Average(**earlier["run"]["of_epoch"])
@@ -218,7 +233,7 @@ def main(
                 right, n_judged = map(sum, zip(*groups.gather_objects((float(judged[0]), judged[1]))))
                 accuracy, judged[:] = right / max(1, n_judged), (0.0, 0)
                 run_log.record("train", step=step, epoch=epoch + 1, loss=since.loss, accuracy=accuracy, lr=result.lr, grad_norm=result.grad_norm,
-                               tokens_per_second=since.tokens_per_second, skipped=trainer.skipped_steps, peak_memory_gb=peak_memory_gb())
+                               tokens_per_second=since.tokens_per_second, **trainer.counters(), peak_memory_gb=peak_memory_gb())
                 run_log.write(f"step {step}/{total_steps}  loss {since.loss:.4f}  accuracy {accuracy:.1%}  lr {result.lr:.2e}  "
                               f"grad_norm {result.grad_norm:.2f}  {since.tokens_per_second:.0f} tok/s  {peak_memory_gb():.2f} GB")
                 since = Average()
@@ -241,6 +256,10 @@ def main(
         save(f"epoch-{epoch + 1}" if finished_epoch else f"step-{step}", epoch + 1 if finished_epoch else epoch)
         if step >= total_steps:
             break
+    micro = [indices for epoch in range(epochs) for step_batches in epoch_of_micro_batches(epoch) for indices in step_batches][:total_steps * accumulation_steps]
+    largest = max(micro, key=lambda indices: sum(len(examples[i].tokens) for i in indices))
+    rows_of = lambda indices: [(len(row), examples[i].prompt_len) for i in indices for row in examples[i].responses]  # noqa: E731
+    report_memory(run_log, memory, lambda: plan_training(cli.resolved, config=model.config, rows=rows_of(largest), scored=rows_of(range(len(examples)))))
     run_log.close()
     groups.shutdown()
 

@@ -14,7 +14,7 @@
 
 The whole command line is checked against the signature before `main` is entered, so a misspelt flag costs a
 second, not a model load, and leaves nothing behind. Only the standard library is needed up to that point: import
-torch inside `main`. `--config run.yaml` reads flags from a file; those on the command line win. The call itself goes through fire, which gets our parsed values instead of guessing types
+torch inside `main`. A `plan` flag among them makes required flags optional (""). `--config run.yaml` reads flags from a file; those on the command line win. The call itself goes through fire, which gets our parsed values instead of guessing types
 (left alone, fire reads a folder named 2024 as a number and `a,b` as a tuple).
 
 Exit codes: 0 done, 1 `main` failed, 2 wrong command line.
@@ -140,7 +140,9 @@ def parse(main, argv):
                 problems.append(f"--{name} {e}")
     values = from_file | values
     missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in values]
-    if missing:
+    if values.get("plan"):  # sizes only: nothing is read or written
+        values |= dict.fromkeys(missing, "")
+    elif missing:
         problems.append("missing " + ", ".join(f"--{name}" for name in missing))
     if problems:
         raise UsageError(problems)

@@ -124,3 +124,34 @@ def peak_memory_gb() -> float:
     if groups.device().type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class PeakMemory:
+    """The most memory this process holds at once after `start`, beyond what it held when this object was made (interpreter, libraries, data).
+
+    Make it before the models are loaded, start it when they are: reading files in passing is then not counted. Bytes of device memory on
+    CUDA, resident memory on a CPU.
+    """
+
+    def __init__(self):
+        self._base = 0 if groups.device().type == "cuda" else self._resident("VmRSS")
+
+    def start(self) -> None:
+        if groups.device().type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            groups.release_freed_memory()
+            with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+                file.write("5")         # the kernel's mark of the peak falls to what is held now
+
+    @property
+    def n_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated() if groups.device().type == "cuda" else self._resident("VmHWM") - self._base
+
+    @staticmethod
+    def _resident(key: str) -> int:
+        try:
+            with open("/proc/self/status") as file:
+                return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+        except (OSError, StopIteration):        # not Linux: the peak so far stands for both
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

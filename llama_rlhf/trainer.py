@@ -1,4 +1,4 @@
-"""One optimizer step, the same for every objective: accumulation, exact normalisation, clipping, fp32 master weights.
+"""One optimizer step, the same for every objective: accumulation, exact normalisation, clipping, fp32 updates of low-precision weights.
 
 The loss of a step is (sum over its tokens, all micro-batches and replicas) / (their global count), so any split into
 micro-batches and ranks gives the same gradient.
@@ -14,9 +14,13 @@ import torch
 import torch.distributed as dist
 
 from llama_rlhf.losses import prediction_rows, token_logprobs
-from llama_rlhf.models.transformer import CausalLM, Rows, Transformer, ValueModel
+from llama_rlhf.models.transformer import CausalLM, Rows, Transformer, ValueModel, recompute_period
 from llama_rlhf.parallel import groups
-from llama_rlhf.parallel.gradients import copy_shared_from_owners, gradient_norm, sum_over_replicas, sync_partial_gradients
+from llama_rlhf.parallel.gradients import copy_from_replicas, copy_shared_from_owners, gradient_norm, sum_over_replicas, sync_partial_gradients
+from llama_rlhf.parallel.layers import walk
+
+_BUCKET = 16 << 20              # weights whose fp32 values exist at a time, where they are put together for the update
+_SCALE_GROWS_AFTER = 2000       # steps without an overflow (as torch's GradScaler)
 
 
 def learning_rate(step: int, *, peak: float, total_steps: int, warmup_steps: int, final_ratio: float = 0.0, schedule: str = "cosine") -> float:
@@ -42,31 +46,52 @@ class StepResult:
 class Trainer:
     """AdamW with warm-up and decay on a model's trainable parameters.
 
-    bf16 (or fp16) parameters have fp32 master copies, which accumulate the gradients and take the updates: at small learning
-    rates an update is below bf16's spacing and would be lost. fp32 parameters are their own masters.
+    At small learning rates an update is below bf16's spacing and would be lost. precision says where the rest of a bf16 weight is:
+    "master": in an fp32 copy (fp16 too).  "kahan": in 16 more bits, what rounding lost (compensated as in Kahan's sum, to fp32's last
+    place), 2 bytes less per weight; the fp32 values exist for a bucket at a time. fp32 parameters are their own masters. Gradients of
+    low-precision parameters are accumulated in fp32. In an fp16 model the loss is scaled; an overflow skips the step on all ranks and
+    halves the scale, which doubles again later.
+    zero: 1 gives each data-parallel replica the optimizer state of a share of the parameters (Rajbhandari et al. 2020, arXiv:1910.02054,
+    stage 1); it updates those and sends them to the others. The weights are the same, to the bit.
     """
 
     def __init__(self, model: Transformer, *, lr: float, total_steps: int, warmup_steps: int = 0, final_lr_ratio: float = 0.0,
                  schedule: str = "cosine", weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
-                 max_grad_norm: float = 1.0, max_skipped_steps: int = 10):
+                 max_grad_norm: float = 1.0, max_skipped_steps: int = 10, precision: str = "master", zero: int = 0):
         if schedule not in ("cosine", "linear", "constant"):
             raise ValueError(f"--lr_schedule {schedule!r}: use cosine, linear or constant")
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        check_options(precision, zero, {p.dtype for _, p in named})
         groups.keep_freed_memory()
         self.model, self.max_grad_norm, self.max_skipped_steps = model, max_grad_norm, max_skipped_steps
         self._rate = dict(peak=lr, total_steps=total_steps, warmup_steps=warmup_steps, final_ratio=final_lr_ratio, schedule=schedule)
-        self.n_steps = self.skipped_in_a_row = self.skipped_steps = 0
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.n_steps = self.skipped_in_a_row = self.skipped_steps = self._steps_at_scale = 0
+        self.loss_scale = 2.0 ** 16 if any(p.dtype == torch.float16 for p in model.parameters()) else None
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
         self._gradients: dict[torch.nn.Parameter, torch.Tensor] = {}        # fp32 sums of low-precision parameters
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters]
-        for p, master in zip(self.parameters, self.masters):
-            if master is not p:
+        for p in self.parameters:
+            if p.dtype != torch.float32:
                 p.register_post_accumulate_grad_hook(self._accumulate)
+        self.sharded = zero == 1 and groups.dp_size() > 1
+        self._owners = _shares(model, self.names) if self.sharded else [groups.dp_rank()] * len(named)
+        # name, parameter and fp32 values of what this replica updates; with compensation the values are empty but during the update
+        self.own: list[tuple[str, torch.nn.Parameter, torch.nn.Parameter]] = []
+        self._rest: dict[torch.nn.Parameter, torch.Tensor] = {}             # int16: fp32 bits of the value minus those of the parameter
+        for (name, p), owner in zip(named, self._owners):
+            if owner != groups.dp_rank():
+                continue
+            if p.dtype == torch.float32:
+                master = p
+            elif precision == "master":
+                master = p.detach().float().requires_grad_()
+            else:
+                master, self._rest[p] = torch.nn.Parameter(torch.empty(0, device=p.device)), torch.zeros_like(p, dtype=torch.int16)
+            self.own.append((name, p, master))
         # decay shrinks matrices only: not biases, norm gains, or the embedding (and the head, which may be the same matrix)
-        decays = [p.dim() >= 2 and not name.startswith(("tok_embeddings", "output", "value_head")) for name, p in named]
-        self.groups = {"decayed": [m for m, d in zip(self.masters, decays) if d], "not decayed": [m for m, d in zip(self.masters, decays) if not d]}
+        decays = {name: p.dim() >= 2 and not name.startswith(("tok_embeddings", "output", "value_head")) for name, p in named}
+        self.sizes = {kind: sum(p.numel() for name, p in named if decays[name] == d) for kind, d in (("decayed", True), ("not decayed", False))}
         self.optimizer = torch.optim.AdamW(
-            [{"params": self.groups["decayed"], "weight_decay": weight_decay}, {"params": self.groups["not decayed"], "weight_decay": 0.0}],
+            [{"params": [master for name, _, master in self.own if decays[name] == d], "weight_decay": weight_decay * d} for d in (True, False)],
             lr=lr, betas=betas, eps=eps, fused=True)
 
     def _accumulate(self, parameter: torch.nn.Parameter) -> None:
@@ -81,97 +106,146 @@ class Trainer:
         return self._gradients.get(parameter, parameter.grad)
 
     def describe(self) -> str:
-        sizes = {name: sum(p.numel() for p in parameters) for name, parameters in self.groups.items()}
-        return (f"training {sum(sizes.values()) / 1e6:.2f} M of {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M weights on this rank; "
-                + ", ".join(f"{n / 1e6:.2f} M {name}" for name, n in sizes.items()))
+        return (f"training {sum(self.sizes.values()) / 1e6:.2f} M of {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M weights on this rank; "
+                + ", ".join(f"{n / 1e6:.2f} M {name}" for name, n in self.sizes.items())
+                + (f"; optimizer state of {sum(p.numel() for _, p, _ in self.own) / 1e6:.2f} M" if self.sharded else ""))
+
+    @property
+    def state_bytes(self) -> int:
+        """Of moments, masters and compensation on this rank, once the first step has made them."""
+        return sum(8 * p.numel() + (0 if master is p else 2 * p.numel() if p in self._rest else 4 * p.numel()) for _, p, master in self.own)
+
+    def counters(self) -> dict:
+        """For the log: steps skipped so far and, in an fp16 model, the loss scale."""
+        return {"skipped": self.skipped_steps, **({"loss_scale": self.loss_scale} if self.loss_scale else {})}
 
     def step(self, micro_batches: Sequence, loss_sum: Callable, count: Callable[..., int]) -> StepResult:
         """One optimizer step over this replica's micro-batches. Collective: every rank calls it the same number of times.
 
         loss_sum(micro_batch) -> differentiable sum of losses over its tokens; count(micro_batch) -> how many those are.
-        A non-finite gradient anywhere skips the step on all ranks; RuntimeError after max_skipped_steps in a row.
+        A non-finite gradient anywhere skips the step on all ranks; RuntimeError after max_skipped_steps in a row (in an fp16 model: at
+        the smallest scale of the loss).
         """
+        scale = self.loss_scale or 1.0
         n_tokens = int(self._sum_over_replicas(sum(count(batch) for batch in micro_batches)))
         total = torch.zeros((), dtype=torch.float64, device=groups.device())
         for batch in micro_batches:
             if count(batch):
                 loss = loss_sum(batch)
-                (loss / max(1, n_tokens)).backward()
+                (loss * scale / max(1, n_tokens)).backward()
                 total += loss.detach()
         for p in self.parameters:       # a replica without data still takes part in the sums
             if self.gradient_of(p) is None:
                 self._gradients[p] = torch.zeros_like(p, dtype=torch.float32)
         sum_over_replicas([self.gradient_of(p) for p in self.parameters])
         sync_partial_gradients(self.model, self.gradient_of)
-        norm = gradient_norm(self.model, self.gradient_of)
-        mean_loss, grad_norm = self._sum_over_replicas(total) / max(1, n_tokens), float(norm)
+        mean_loss, grad_norm = self._sum_over_replicas(total) / max(1, n_tokens), float(gradient_norm(self.model, self.gradient_of)) / scale
         lr = learning_rate(self.n_steps, **self._rate)
         finite = math.isfinite(grad_norm) and math.isfinite(mean_loss)
         if finite:
-            self._update(lr, min(1.0, self.max_grad_norm / (grad_norm + 1e-6)) if self.max_grad_norm > 0 else 1.0)
+            self._update(lr, (min(1.0, self.max_grad_norm / (grad_norm + 1e-6)) if self.max_grad_norm > 0 else 1.0) / scale)
             self.n_steps, self.skipped_in_a_row = self.n_steps + 1, 0
         else:
             self.skipped_steps, self.skipped_in_a_row = self.skipped_steps + 1, self.skipped_in_a_row + 1
+        if self.loss_scale:
+            self._steps_at_scale = self._steps_at_scale + 1 if finite else 0
+            if not finite:
+                self.loss_scale = max(1.0, scale / 2)
+                groups.log(f"overflow: step skipped, loss scale {scale:g} -> {self.loss_scale:g}")
+            elif self._steps_at_scale % _SCALE_GROWS_AFTER == 0:
+                self.loss_scale = scale * 2
         self._gradients.clear()
-        self.optimizer.zero_grad(set_to_none=True)
+        for p in self.parameters:
+            p.grad = None
         if self.n_steps % 8 == 0:
             groups.release_freed_memory()
-        if self.skipped_in_a_row >= self.max_skipped_steps:
+        if self.skipped_in_a_row >= self.max_skipped_steps and scale == 1.0:
             raise RuntimeError(f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite (last: loss {mean_loss}, "
                                f"gradient norm {grad_norm}). Lower --lr, use --dtype fp32, or look at the data; weights are as before them.")
         return StepResult(mean_loss, n_tokens, grad_norm, lr, not finite)
 
-    def _update(self, lr: float, clip: float) -> None:
-        gradients = [self.gradient_of(p) for p in self.parameters]
-        if clip < 1.0:
-            torch._foreach_mul_(gradients, clip)
-        for master, gradient in zip(self.masters, gradients):
-            master.grad = gradient
+    def _update(self, lr: float, factor: float) -> None:
+        """One AdamW step on the gradients times factor."""
+        if factor != 1.0:
+            torch._foreach_mul_([self.gradient_of(p) for _, p, _ in self.own], factor)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
-        if groups.tp_size() > 1:
-            masters = dict(zip(self.parameters, self.masters))
+        for bucket in self._buckets():
+            for _, p, master in bucket:
+                if p in self._rest:
+                    master.data = _joined(p, self._rest[p])
+                master.grad = self.gradient_of(p)
+            self.optimizer.step()           # of those that have a gradient: the bucket
             with torch.no_grad():
-                copy_shared_from_owners(self.model, masters.get)
-        copies = [(p, master) for p, master in zip(self.parameters, self.masters) if p is not master]
-        if copies:
-            with torch.no_grad():
-                torch._foreach_copy_([p for p, _ in copies], [master for _, master in copies])
-                for _, master in copies:
+                for _, p, master in bucket:
+                    if p in self._rest:
+                        _split(master, p, self._rest[p])
+                        master.data = master.data.new_empty(0)
+                    elif master is not p:
+                        p.copy_(master)
                     master.grad = None
+        with torch.no_grad():
+            if groups.tp_size() > 1:
+                # the holders' kv heads and what lies beyond their bits; where a master is a tensor of its own the parameter follows from it
+                masters = {p: master for _, p, master in self.own if p not in self._rest}
+                copy_shared_from_owners(self.model, masters.get)
+                copy_shared_from_owners(self.model, {p: p for p in self.parameters if masters.get(p) is not p}.get)
+                if self._rest:
+                    copy_shared_from_owners(self.model, self._rest.get)
+            if self.sharded:
+                copy_from_replicas(self.parameters, self._owners)
+
+    def _buckets(self) -> list[list]:
+        """`own` in parts whose fp32 values may exist together; all of it where they always do."""
+        if not self._rest:
+            return [self.own]
+        buckets, filled = [[]], 0
+        for entry in self.own:
+            if buckets[-1] and filled + entry[1].numel() > _BUCKET:
+                buckets.append([])
+                filled = 0
+            buckets[-1].append(entry)
+            filled += entry[1].numel()
+        return buckets
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """What the next step depends on besides the weights: this rank's masters and moments by parameter name, and the counters."""
-        state = {"counters": torch.tensor([self.n_steps, self.skipped_steps, self.skipped_in_a_row])}
-        for name, p, master in zip(self.names, self.parameters, self.masters):
+        """What the next step depends on besides the weights: masters (or compensation) and moments by parameter name, of this rank or, with
+        `sharded`, of its share, and the counters."""
+        state = {"counters": torch.tensor([self.n_steps, self.skipped_steps, self.skipped_in_a_row, self._steps_at_scale]),
+                 "loss_scale": torch.tensor(self.loss_scale or 1.0)}
+        for name, p, master in self.own:
             state |= {f"{name}.{key}": value for key, value in self.optimizer.state.get(master, {}).items()}
-            if master is not p:
+            if p in self._rest:
+                state[f"{name}.rest"] = self._rest[p]
+            elif master is not p:
                 state[f"{name}.master"] = master.detach()
         return state
 
     def load_state_tensors(self, state: dict[str, torch.Tensor]) -> None:
         """Continue from `state_tensors` of a run with the same parameters on this rank. ValueError when they differ."""
-        expected = {f"{name}.{key}": master.shape for name, p, master in zip(self.names, self.parameters, self.masters)
-                    for key in ("exp_avg", "exp_avg_sq", *(("master",) if master is not p else ()))}
+        more = lambda p, master: ("rest",) if p in self._rest else ("master",) if master is not p else ()  # noqa: E731
+        expected = {f"{name}.{key}": p.shape for name, p, master in self.own for key in ("exp_avg", "exp_avg_sq", *more(p, master))}
         counters = state["counters"].tolist()
-        found = {key: value.shape for key, value in state.items() if key in expected}
+        found = {key: value.shape for key, value in state.items() if key not in ("counters", "loss_scale") and not key.endswith(".step")}
         if counters[0] and found != expected:
-            raise ValueError("the saved optimizer state belongs to other parameters, another dtype or another number of ranks. Resume with "
-                             "the settings the run was started with, or start a new run from its weights.")
-        self.n_steps, self.skipped_steps, self.skipped_in_a_row = counters
-        for name, p, master in zip(self.names, self.parameters, self.masters):
-            moments = {key: state[f"{name}.{key}"].to(master.device) for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in state}
+            raise ValueError("the saved optimizer state belongs to other parameters, another dtype or precision, or another number of ranks. Resume "
+                             "with the settings the run was started with, or start a new run from its weights.")
+        self.n_steps, self.skipped_steps, self.skipped_in_a_row, self._steps_at_scale = (*counters, 0)[:4]
+        self.loss_scale = float(state["loss_scale"]) if self.loss_scale else None
+        for name, p, master in self.own:
+            moments = {key: state[f"{name}.{key}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in state}
             if moments:
                 self.optimizer.state[master] = moments
-            if master is not p and f"{name}.master" in state:
-                with torch.no_grad():
-                    master.copy_(state[f"{name}.master"])
+            for key, target in (("master", master.detach()), ("rest", self._rest.get(p))):
+                if f"{name}.{key}" in state:
+                    target.copy_(state[f"{name}.{key}"])
 
     def move_state(self, device: torch.device) -> None:
-        """Master copies and moments to another device, between steps (see roles.Roles.using)."""
+        """Masters, compensation and moments to another device, between steps (see roles.Roles.using)."""
         waits = device.type == "cpu"         # a copy to the host that does not block may be read before it has arrived
-        for p, master in zip(self.parameters, self.masters):
+        for _, p, master in self.own:
+            if p in self._rest:
+                self._rest[p] = self._rest[p].to(device, non_blocking=not waits)
             if master is not p:
                 master.data = master.data.to(device, non_blocking=not waits)
             for key, value in self.optimizer.state.get(master, {}).items():
@@ -184,6 +258,39 @@ class Trainer:
         tensor = torch.as_tensor(float(value), dtype=torch.float64, device=groups.device())
         dist.all_reduce(tensor, group=groups.dp_group())
         return float(tensor)
+
+
+def check_options(precision: str, zero: int, dtypes: set[torch.dtype], recompute: str = "none") -> None:
+    """ValueError for options that do not exist or do not go with trained parameters of these dtypes."""
+    recompute_period(recompute)
+    if precision not in ("master", "kahan"):
+        raise ValueError(f"--optimizer_precision {precision!r}: use master or kahan")
+    if precision == "kahan" and torch.float16 in dtypes:
+        raise ValueError("--optimizer_precision kahan extends bf16 to fp32, which fp16 is no part of: use master, or --dtype bf16")
+    if zero not in (0, 1):
+        raise ValueError(f"--zero {zero}: use 0, or 1 to share the optimizer state among the data-parallel replicas")
+
+
+def _shares(model, names: list[str]) -> list[int]:
+    """The replica that updates each parameter: the largest left goes to the one with the least. By full sizes: alike on all tensor-parallel ranks."""
+    size = {name: sum(torch.Size(piece.shape).numel() for _, piece in pieces) for name, _, _, _, pieces in walk(model)}
+    loads, owner = [0] * groups.dp_size(), {}
+    for name in sorted(names, key=lambda name: -size[name]):
+        owner[name] = loads.index(min(loads))
+        loads[owner[name]] += size[name]
+    return [owner[name] for name in names]
+
+
+def _joined(p: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    """The fp32 values whose bits are those of bf16 p, then 16 zeros, plus rest."""
+    return p.detach().view(torch.int16).to(torch.int32).bitwise_left_shift_(16).add_(rest).view(torch.float32)
+
+
+def _split(value: torch.Tensor, p: torch.Tensor, rest: torch.Tensor) -> None:
+    """p = value rounded to bf16, and what is left, so that _joined gives value again (of exact ties that round down, its neighbour)."""
+    p.copy_(value)
+    bits = p.view(torch.int16).to(torch.int32).bitwise_left_shift_(16)
+    rest.copy_(torch.sub(value.detach().view(torch.int32), bits, out=bits).clamp_(max=32767))
 
 
 def response_logprobs(model: CausalLM, tokens: list[list[int]], prompt_lengths: list[int], **options):

@@ -216,6 +216,16 @@ def test_token_limit_counts_real_tokens_of_the_rows_at_hand():
     assert got == [[0], [1, 2, 3], [4]]  # 2 + 95 + 3 fill it exactly; as a padded grid it would be 285
 
 
+@pytest.mark.parametrize("dp_size", [1, 2])
+def test_a_token_budget_is_filled(dp_size):
+    """No row limit: every step but the last has no room for the next row, on some replica; the same batches each time."""
+    options = dict(max_batch_size=120, max_batch_tokens=120, dp_size=dp_size)
+    ranks = [batches(examples_of(LENGTHS), dp_rank=rank, **options) for rank in range(dp_size)]
+    filled = [max(sum(LENGTHS[i] for i in batch) for batch in step) for step in zip(*ranks)]
+    assert max(filled) <= 120 and min(filled[:-1]) > 120 - max(LENGTHS) and sum(filled[:-1]) / len(filled[:-1]) > 0.8 * 120
+    assert ranks == [batches(examples_of(LENGTHS), dp_rank=rank, **options) for rank in range(dp_size)]
+
+
 def test_ranks_share_the_rows_of_the_larger_batch_evenly():
     lengths = [37 * i % 96 + 2 for i in range(96)]
     one = batches(examples_of(lengths), max_batch_size=8)

@@ -298,3 +298,17 @@ def test_the_contract_under_torchrun(toy, split, tmp_path):
     assert "iteration 1/1" in out and "explained variance" in out
     assert sorted(os.listdir(tmp_path / "critic")) == [".lock", "step-1"] or os.listdir(tmp_path / "critic") == ["step-1"]
     assert "accuracy" in torchrun("solver_evaluate.py", ckpt_dir=tmp_path / "actor", log_dir=tmp_path / "log", label_file=toy / "test.json", max_new_tokens=4)
+
+
+def test_a_run_with_shared_optimizer_state_continues_to_the_same_bits(toy, tmp_path):
+    """Two replicas, each with its share in a file of its own, bf16 with compensation; the last save is lost."""
+    flags = dict(ckpt_dir=toy / "hf", train_file=toy / "train.json", save_dir=tmp_path / "run", max_seq_len=96, max_batch_size=3, epochs=1, save_steps=2, lr=1e-2,
+                 dtype="bf16", zero=1, optimizer_precision="kahan", model_parallel_size=1)
+    assert all(code == 0 for code, *_ in run_script(2, "solver_train.py", **flags))
+    assert {"training.00.00.pth", "training.00.01.pth"} <= set(os.listdir(tmp_path / "run/epoch-1"))
+    os.rename(tmp_path / "run/epoch-1", tmp_path / "first")
+    ranks = run_script(2, "solver_train.py", **flags)
+    assert all(code == 0 for code, *_ in ranks) and "continuing" in ranks[0][1], ranks
+    for path in sorted((tmp_path / "first").glob("*.pth")):
+        a, b = (torch.load(p, weights_only=True) for p in (path, tmp_path / "run/epoch-1" / path.name))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), path

@@ -28,7 +28,6 @@ COMPANIONS = ("tokenizer.model", "tokenizer.model.v1", "tokenizer.model.v3", "to
               "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "qwen.tiktoken",
               "tokenizer.bytes.json", "chat_template.jinja", "generation_config.json")
 _STORED = ("causal_lm", "value_model")
-_TRAINING = "training.{:02d}.pth"
 
 
 def native_tensors(model: nn.Module) -> dict[str, Piece]:
@@ -193,27 +192,27 @@ def save_model(model: Transformer, folder: str, *, companions: str, trainer=None
     """Collective. Publish this model as one consolidated.NN.pth per tensor-parallel rank; replicas write once.
 
     companions: the folder whose tokenizer files go along.  more: further manifest fields (step, epoch, score, ...).
-    trainer: its state goes along, one training.NN.pth per tensor-parallel rank, for `load_training_state`.
+    trainer: its state goes along, one training.NN.pth per tensor-parallel rank (and replica, where they share it), for `load_training_state`.
     """
     config, wanted = model.config, native_tensors(model)
     writes = groups.dp_rank() == 0
+    writes_state = trainer is not None and (writes or trainer.sharded)
     entries = [(native, piece, parameter.detach()) for _, _, _, parameter, pieces in walk(model) for native, piece in pieces]
-    state = trainer.state_tensors() if trainer is not None else {}
-    n_bytes = sum(piece_of(p, piece, owned=True).nbytes for _, piece, p in entries) + sum(x.nbytes for x in state.values()) if writes else 0
+    state = trainer.state_tensors() if writes_state else {}
+    n_bytes = (sum(piece_of(p, piece, owned=True).nbytes for _, piece, p in entries) if writes else 0) + sum(x.nbytes for x in state.values())
 
     def write(temporary: str) -> dict:
         result = _write_companions(temporary, config, companions) if groups.is_main() else {}
-        if not writes:
-            return result
-        name = f"consolidated.{groups.tp_rank():02d}.pth"
-        with PthWriter(os.path.join(temporary, name)) as writer:
-            for native, piece, parameter in entries:
-                x = embedding if native == "tok_embeddings.weight" and embedding is not None else \
-                    piece_of(parameter, piece, owned=True)
-                writer.write(native, x.cpu())
-            result |= {name: writer.close()}
+        if writes:
+            name = f"consolidated.{groups.tp_rank():02d}.pth"
+            with PthWriter(os.path.join(temporary, name)) as writer:
+                for native, piece, parameter in entries:
+                    x = embedding if native == "tok_embeddings.weight" and embedding is not None else \
+                        piece_of(parameter, piece, owned=True)
+                    writer.write(native, x.cpu())
+                result |= {name: writer.close()}
         if state:
-            name = _TRAINING.format(groups.tp_rank())
+            name = _training_file(trainer)
             with PthWriter(os.path.join(temporary, name)) as writer:
                 for key, x in state.items():
                     writer.write(key, x.cpu())
@@ -227,9 +226,13 @@ def save_model(model: Transformer, folder: str, *, companions: str, trainer=None
                   n_bytes=n_bytes)
 
 
+def _training_file(trainer) -> str:
+    return f"training.{groups.tp_rank():02d}{f'.{groups.dp_rank():02d}' if trainer.sharded else ''}.pth"
+
+
 def load_training_state(trainer, folder: str) -> None:
     """Collective. Give a trainer the state that `save_model` stored with its model. ValueError on every rank when it does not fit."""
-    path = os.path.join(folder, _TRAINING.format(groups.tp_rank()))
+    path = os.path.join(folder, _training_file(trainer))
     with groups.together(f"loading {path}"):
         n_shards = read_manifest(folder)["n_shards"]
         if not os.path.exists(path) or n_shards != groups.tp_size():

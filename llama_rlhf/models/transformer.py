@@ -365,10 +365,26 @@ class Block(nn.Module):
             self.feed_forward = MixtureOfExperts(config, partition, dtype)
         else:
             self.feed_forward = {"swiglu": SwiGLU, "gelu": GeluMLP}[config.mlp](config, partition, lora, dtype)
+        self.recompute_mlp = False
 
     def forward(self, x, rows, places, cache, layer):
         x = x + self.attention(self.attention_norm(x), rows, places, cache, layer)
-        return x + self.feed_forward(self.ffn_norm(x))
+        return x + (_recomputed(self._mlp, x) if self.recompute_mlp and torch.is_grad_enabled() else self._mlp(x))
+
+    def _mlp(self, x):
+        return self.feed_forward(self.ffn_norm(x))
+
+
+def _recomputed(function, *args):
+    """function(*args), of which backward keeps nothing but the arguments and computes the rest again."""
+    return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def recompute_period(what: str) -> int:
+    """Of the blocks that backward computes again: all, 1; "k", every k-th; none, or mlp (every block's feed-forward instead), 0."""
+    if what not in ("none", "all", "mlp") and not (what.isdecimal() and int(what)):
+        raise ValueError(f"--activation_checkpointing {what!r}: use none, all, mlp, or a number k for every k-th block")
+    return int(what) if what.isdecimal() else int(what == "all")
 
 
 class Transformer(nn.Module):
@@ -382,7 +398,7 @@ class Transformer(nn.Module):
         self.tok_norm = NORMS[config.norm](config.dim, config.norm_eps, dtype) if config.embedding_norm else None
         self.layers = nn.ModuleList(Block(config, self.partition, lora, dtype, i) for i in range(config.n_layers))
         self.norm = NORMS[config.norm](config.dim, config.norm_eps, dtype)
-        self.checkpoint_blocks = False      # recompute each block in backward: less memory, a third more time
+        self.recompute_every = 0            # blocks 0, k, 2k, ... are; see `recompute`
         self._constants: torch.Tensor | None = None     # rotary frequencies or ALiBi slopes; never cast with the model: precision
 
     def forward(self, tokens: torch.Tensor, rows: Rows, cache: KVCache | None = None) -> torch.Tensor:
@@ -400,13 +416,18 @@ class Transformer(nn.Module):
         if self.tok_norm is not None:
             x = self.tok_norm(x)
         for i, block in enumerate(self.layers):
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, x, rows, places, None, i, use_reentrant=False,
-                                                      preserve_rng_state=False)
+            if self.recompute_every and i % self.recompute_every == 0 and torch.is_grad_enabled():
+                x = _recomputed(block, x, rows, places, None, i)
             else:
                 x = block(x, rows, places, cache, i)
         x = self.norm(x)
         return x if order is None else _Take.apply(x, order.argsort())
+
+    def recompute(self, what: str) -> None:
+        """What backward computes again instead of keeping it: see `recompute_period`."""
+        self.recompute_every = recompute_period(what)
+        for block in self.layers:
+            block.recompute_mlp = what == "mlp"
 
     def _places(self, rows: Rows, cache: KVCache | None) -> Places:
         config, device = self.config, rows.positions.device

@@ -89,14 +89,25 @@ def gradient_norm(model, grad_of=lambda parameter: parameter.grad) -> torch.Tens
 
 def sum_over_replicas(tensors: list[torch.Tensor]) -> None:
     """Sum gradients over data-parallel replicas, in place, in buffers. (The loss is already divided by the global count.)"""
-    if groups.dp_size() == 1:
-        return
+    if groups.dp_size() > 1:
+        _in_buffers(tensors, lambda flat: dist.all_reduce(flat, group=groups.dp_group()))
+
+
+def copy_from_replicas(tensors: list[torch.Tensor], owners: list[int]) -> None:
+    """Give every data-parallel replica the values that each tensor has on the replica that owns it, bit for bit, in buffers."""
+    for owner in range(groups.dp_size() if groups.dp_size() > 1 else 0):
+        source = dist.get_global_rank(groups.dp_group(), owner)
+        _in_buffers([t for t, o in zip(tensors, owners) if o == owner], lambda flat: dist.broadcast(flat, source, group=groups.dp_group()))
+
+
+def _in_buffers(tensors: list[torch.Tensor], collective) -> None:
+    """Run an in-place collective on the tensors, side by side in buffers of about _FLUSH_BYTES (4 bytes per number)."""
     batch: list[torch.Tensor] = []
     for i, tensor in enumerate(tensors):
         batch.append(tensor)
         if i + 1 == len(tensors) or sum(t.numel() for t in batch) * 4 > _FLUSH_BYTES:
             flat = torch.cat([t.flatten() for t in batch])
-            dist.all_reduce(flat, group=groups.dp_group())
-            for t, summed in zip(batch, flat.split([t.numel() for t in batch])):
-                t.copy_(summed.view_as(t))
+            collective(flat)
+            for t, received in zip(batch, flat.split([t.numel() for t in batch])):
+                t.copy_(received.view_as(t))
             batch.clear()

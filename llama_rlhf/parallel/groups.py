@@ -71,6 +71,7 @@ def initialize(model_parallel_size: int = -1, *, timeout_seconds: float = 600.0,
         dist.new_group = new_group
     _state["tp"] = fairscale_groups.get_model_parallel_group()
     _state["dp"] = fairscale_groups.get_data_parallel_group()
+    _state["places"] = (dist.get_world_size(_state["tp"]), dist.get_rank(_state["tp"]), dist.get_world_size(_state["dp"]), dist.get_rank(_state["dp"]))
     _state["shared_memory"] = None
     if not use_cuda and size > 1:
         places = gather_objects(host_identity())
@@ -141,19 +142,39 @@ def shared_memory() -> SharedMemoryGroup | None:
 
 
 def tp_size() -> int:
-    return dist.get_world_size(_state["tp"])
+    return _state["places"][0]
 
 
 def tp_rank() -> int:
-    return dist.get_rank(_state["tp"])
+    return _state["places"][1]
 
 
 def dp_size() -> int:
-    return dist.get_world_size(_state["dp"])
+    return _state["places"][2]
 
 
 def dp_rank() -> int:
-    return dist.get_rank(_state["dp"])
+    return _state["places"][3]
+
+
+class _Nobody:
+    """In place of peers: tensor-parallel collectives give back what they are given."""
+
+    all_reduce_ = staticmethod(lambda tensor, op="sum": tensor)
+    all_gather = staticmethod(lambda tensor: torch.stack([tensor] * tp_size()))
+
+
+@contextlib.contextmanager
+def pretend(tp: int, rank: int = 0, dp: int = 1, device: torch.device | str | None = None):
+    """Inside, this process takes itself for tensor-parallel rank `rank` of tp, on the first of dp replicas; nobody else need be there
+    and `initialize` need not have been called. For plans (plan.py), which compute with sizes only."""
+    before = dict(_state)
+    _state.update(places=(tp, rank, dp, 0), shared_memory=_Nobody(), device=torch.device(device or before.get("device") or "cpu"))
+    try:
+        yield
+    finally:
+        _state.clear()
+        _state.update(before)
 
 
 def world_size() -> int:
