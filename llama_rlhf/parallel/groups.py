@@ -19,6 +19,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 
 from llama_rlhf.parallel.shared_memory import SharedMemoryGroup, host_identity
+from llama_rlhf.parallel.watch import Watch
 
 _state: dict = {}
 
@@ -72,6 +73,11 @@ def initialize(model_parallel_size: int = -1, *, timeout_seconds: float = 600.0,
     _state["tp"] = fairscale_groups.get_model_parallel_group()
     _state["dp"] = fairscale_groups.get_data_parallel_group()
     _state["shared_memory"] = None
+    if world > 1:
+        from llama_rlhf.parallel.regions import traffic     # it imports this module
+        store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store())
+        _state["watch"] = Watch(store, dist.get_rank(), world, timeout_seconds, lambda: traffic["all_reduce"] + traffic["all_gather"])
+        _state["watch"].start()
     if not use_cuda and size > 1:
         places = gather_objects(host_identity())
         if len(set(places)) == 1 and places[0][-1] == "x86_64":         # several hosts: gloo
@@ -105,6 +111,8 @@ def release_freed_memory() -> None:
 
 def shutdown() -> None:
     """Leave the groups; a later `initialize` may start others."""
+    if "watch" in _state:
+        _state["watch"].stop()
     if dist.is_initialized():
         fairscale_groups.destroy_model_parallel()
         dist.destroy_process_group()
