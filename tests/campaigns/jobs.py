@@ -105,6 +105,28 @@ def kill_at_event(save, event, seen):
     change("llama_rlhf.checkpoint.store:keep_newest", wrap_save(0))
 
 
+def kill_in_save(nth, delay):
+    """Die `delay` seconds after the nth save of this process began."""
+    kill("llama_rlhf.checkpoint.store:publish", nth, delay or 1e-6)
+
+
+def time_saves(path):
+    seconds = []
+
+    def wrap(function):
+        def wrapped(*args, **kwargs):
+            began = time.monotonic()
+            function(*args, **kwargs)
+            seconds.append(time.monotonic() - began)
+            Path(path).write_text(json.dumps(seconds))
+        return wrapped
+    change("llama_rlhf.checkpoint.store:publish", wrap)
+
+
+def become_nobody():
+    os.setuid(65534)
+
+
 def no_space_check():
     """As if another program filled the disk after the space was checked."""
     change("llama_rlhf.checkpoint.store:check_free_space", lambda function: lambda *args: None)
@@ -130,7 +152,7 @@ def trap(kind):
         change("llama_rlhf.trainer:Trainer.load_state_tensors", lambda f: lambda self, state: setattr(self, "n_steps", int(state["counters"][0])))
 
 
-PLANTS = {f.__name__: f for f in (kill, fail, kill_at_event, no_space_check, trap)}
+PLANTS = {f.__name__: f for f in (kill, fail, kill_at_event, kill_in_save, time_saves, become_nobody, no_space_check, trap)}
 
 
 def _rank(script, flags, rank, n, port, out, plants, environment):
@@ -221,7 +243,7 @@ def make_toy(folder) -> Path:
     spec.loader.exec_module(make)
     folder = Path(folder)
     (folder / "hf").mkdir(parents=True)
-    config, tensors = make.make_model(0, dim=72, ffn_dim=50, n_layers=2, n_heads=9, max_seq_len=64, std=0.2)
+    config, tensors = make.make_model(0, dim=72, ffn_dim=50, n_layers=1, n_heads=9, max_seq_len=64, std=0.2)
     tensors = {name: x[:24].clone() if "k_proj" in name or "v_proj" in name else x for name, x in tensors.items()}
     (folder / "hf/config.json").write_text(json.dumps({**config, "num_key_value_heads": 3}))
     (folder / "hf/tokenizer.bytes.json").write_text(json.dumps({"kind": "bytes", "vocab_size": make.VOCAB_SIZE}))
