@@ -122,7 +122,7 @@ def check_free_space(folder: str, needed: int) -> None:
         folder = os.path.dirname(folder)
     free = shutil.disk_usage(folder).free
     if needed * 1.01 + (1 << 20) > free:
-        raise CheckpointError(f"no space to save in {folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free. "
+        raise CheckpointError(f"no space to save in {folder}: {needed / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free. "
                               "Free some, or save elsewhere.")
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "fire", "tqdm", "llama_rlhf.ppo", "llama_rlhf.roles", "llama_rlhf.evaluation", "llama_rlhf.runlog", "jobs"])
+_context.set_forkserver_preload(["torch", "torch._dynamo", "fire", "tqdm", "llama_rlhf.ppo", "llama_rlhf.roles", "llama_rlhf.evaluation", "llama_rlhf.runlog", "jobs"])
 
 
 # ---- what a rank does ----------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ class Ended:
 
     def error(self, rank) -> str:
         """The line that a person would read first."""
-        lines = [line for line in self.texts[rank].splitlines() if line.startswith(("error:", "[rank")) and "error" in line]
+        lines = [line[line.find("[rank "):] if "[rank " in line else line for line in self.texts[rank].splitlines() if "error: " in line]
         last = [line for line in self.texts[rank].splitlines() if line.strip()]
         return lines[0] if lines else last[-1] if last else ""
 
@@ -213,16 +213,16 @@ def run(script, flags, n=1, plants=(), *, folder, timeout=120.0, environment=())
     outs = [str(Path(folder) / f"rank-{rank}.txt") for rank in range(n)]
     processes = [_context.Process(target=_rank, args=(script, flags, rank, n, port, outs[rank], tuple(plants), {"OMP_NUM_THREADS": "1", **dict(environment)}),
                                   daemon=True) for rank in range(n)]
-    started = time.monotonic()
-    for process in processes:
+    for process in processes:       # the first start of all imports torch
         process.start()
+    started = time.monotonic()
     ended, still, alive = {}, 0.0, {process.sentinel: rank for rank, process in enumerate(processes)}
     now = started
     while alive and now - started - still < timeout:
         for sentinel in wait(list(alive), timeout=0.5):
             ended[alive.pop(sentinel)] = time.monotonic()
         now, before = time.monotonic(), now
-        still += now - before if now - before > 2.5 else 0.0
+        still += now - before if now - before > 5.0 else 0.0
     late = set(alive.values())
     for rank in late:
         processes[rank].kill()

@@ -41,7 +41,8 @@ def steady(*args, **kwargs):
         prepare()
         ended = run(*args, **kwargs)
         if not ended.disturbed:
-            return ended
+            break
+        print("  (the machine stood still: once more)", file=sys.stderr, flush=True)
     return ended
 
 
@@ -136,6 +137,8 @@ def disk(folder, toy, args):
 
     def case(name, place, spoil, mend, expect, plants=(), log_dir=None):
         """A run with one save; then the disk is spoilt and the run goes on; then mended, and it goes on again."""
+        if args.only not in name:
+            return
         target = place / "run"
         flags = flags_of("SFT", toy, target, **({"log_dir": log_dir} if log_dir else {}))[1]
 
