@@ -25,7 +25,7 @@ _SAVE = re.compile(r"(?:epoch|step)-\d+")
 
 def check_writable(folder: str) -> None:
     """Make the folder, prove that a file can be written in it, and that every rank sees the file: nodes must share the disk.
-    OSError or CheckpointError with the reason, on every rank, otherwise."""
+    CheckpointError or NotADirectoryError with the reason, on every rank, otherwise."""
     probe = None
     with groups.together(f"preparing {folder}"):
         if groups.is_main():
@@ -37,7 +37,7 @@ def check_writable(folder: str) -> None:
                 with open(probe, "w"):
                     pass
             except OSError as error:
-                raise type(error)(f"cannot write in {folder}: {error.strerror}. Choose another folder, or change its permissions.") from error
+                raise CheckpointError(f"cannot write in {folder}: {error.strerror}. Choose another folder, or change its permissions.") from error
     name, host = groups.broadcast_object((os.path.basename(probe or ""), platform.node()))
     try:
         with groups.together(f"looking for {folder} from every node"):
@@ -250,7 +250,7 @@ def find_start(save_dirs: list[str], run: dict, resume: str) -> tuple[list[str],
                                 _remove(path)
                         for name in os.listdir(folder):
                             if name.startswith(".tmp-"):
-                                shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+                                _delete(os.path.join(folder, name))
         if not damaged:
             before = _brief(paths[0]).get("run", {}).get("identity", {}).get("tensor_parallel") if paths else None
             if before not in (None, run["tensor_parallel"]):
@@ -288,9 +288,15 @@ def keep_newest(folder: str, n: int, spare: set[int]) -> None:
 def _remove(path: str) -> None:
     """Under another name first: what is half removed must not look like a save."""
     hidden = os.path.join(os.path.dirname(path), f".tmp-removed-{os.path.basename(path)}")
-    shutil.rmtree(hidden, ignore_errors=True)
+    _delete(hidden)
     os.rename(path, hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
+    _delete(hidden)
+
+
+def _delete(path: str) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    if os.path.lexists(path) and not os.path.isdir(path):
+        os.remove(path)
 
 
 def _fsync_folder(folder: str) -> None:

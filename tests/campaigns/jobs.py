@@ -123,8 +123,13 @@ def time_saves(path):
     change("llama_rlhf.checkpoint.store:publish", wrap)
 
 
+def put_in_the_way(path):
+    """A file, once the run has started and is about to save."""
+    at_call("llama_rlhf.checkpoint.store:publish", 1, lambda: Path(path).write_text(""))
+
+
 def become_nobody():
-    os.setuid(65534)
+    at_call("llama_rlhf.checkpoint.store:check_writable", 1, lambda: os.setuid(65534))
 
 
 def no_space_check():
@@ -152,7 +157,7 @@ def trap(kind):
         change("llama_rlhf.trainer:Trainer.load_state_tensors", lambda f: lambda self, state: setattr(self, "n_steps", int(state["counters"][0])))
 
 
-PLANTS = {f.__name__: f for f in (kill, fail, kill_at_event, kill_in_save, time_saves, become_nobody, no_space_check, trap)}
+PLANTS = {f.__name__: f for f in (kill, fail, kill_at_event, kill_in_save, time_saves, put_in_the_way, become_nobody, no_space_check, trap)}
 
 
 def _rank(script, flags, rank, n, port, out, plants, environment):

@@ -176,7 +176,8 @@ def disk(folder, toy, args):
             for kilobytes in (600, 300, 150, 40):
                 case(f"full after {kilobytes} kB of the save", mount, leave(kilobytes), remove("filler"), "No space left", [("no_space_check", -1)])
             (folder / "elsewhere").mkdir()
-            case("full where the log is", folder / "elsewhere", leave(0), remove("filler"), "No space left", log_dir=mount / "log")
+            case("full where the log is", folder / "elsewhere", lambda target: (shutil.rmtree(mount / "log"), leave(0)(target)), remove("filler"), "No space left",
+                 log_dir=mount / "log")
             shutil.rmtree(mount / "log", ignore_errors=True)
             case("read-only", mount, lambda _: subprocess.run(["mount", "-o", "remount,ro", mount], check=True),
                  lambda _: subprocess.run(["mount", "-o", "remount,rw", mount], check=True), "Read-only")
@@ -184,9 +185,9 @@ def disk(folder, toy, args):
             subprocess.run(["umount", "-l", mount], check=False)
     here = folder / "here"
     here.mkdir()
-    case("a file where the save goes", here, lambda target: (target / "step-4").write_text(""), remove("step-4"), "step-4")
-    case("a file where the temporary folder goes", here, lambda target: (target / ".tmp-step-4").mkdir() or os.rmdir(target / ".tmp-step-4") or
-         (target / ".tmp-step-4").write_text(""), remove(".tmp-step-4"), ".tmp-step-4")
+    for name in ("step-4", ".tmp-step-4"):
+        case(f"a file named {name} in the way", here, lambda target: None, remove(name), name, [("put_in_the_way", 0, here / "run" / name)])
+    os.chmod(folder, 0o755)
     case("a folder of another user's", here, lambda target: None, lambda target: None, "annot write", [("become_nobody", -1)]) if os.geteuid() == 0 else \
         print("SKIPPED: a folder of another user's (needs root)")
     return all(table)
@@ -196,10 +197,10 @@ def disk(folder, toy, args):
 
 PHASES = {
     "SFT": {"load": ("llama_rlhf.checkpoint.shards:_fill", 1), "forward": ("llama_rlhf.trainer:token_logprobs", 5), "backward": (BACKWARD, 5),
-            "update": ("torch.optim:AdamW.step", 2), "save": ("llama_rlhf.checkpoint.writer:PthWriter.write", 9), "evaluate": ("llama_rlhf.generation:choose", 5)},
+            "update": ("torch.optim:AdamW.step", 2), "save": ("llama_rlhf.checkpoint.store:_said", 2), "evaluate": ("llama_rlhf.generation:choose", 5)},
     "PPO": {"load": ("llama_rlhf.checkpoint.shards:_fill", 2), "generate": ("llama_rlhf.generation:choose", 5), "score": ("llama_rlhf.rollout:Response", 2),
             "forward": ("llama_rlhf.rollout:response_logprobs", 1), "critic": ("llama_rlhf.ppo:value_loss", 2), "actor": ("llama_rlhf.ppo:policy_loss", 2),
-            "save": ("llama_rlhf.checkpoint.writer:PthWriter.write", 9)},
+            "save": ("llama_rlhf.checkpoint.store:_said", 2)},
 }
 
 
