@@ -61,6 +61,9 @@ def main(
     target_kl: float = -1.0,
     eval_steps: int = -1,
     eval_batch_size: int = 64,
+    skip_grad_norm_above: float = -1.0,
+    check_steps: int = 10,
+    doctor: bool = False,
     save_steps: int = -1,
     keep_last: int = 2,
     resume: str = "auto",
@@ -143,6 +146,9 @@ def main(
         target_kl: no more actor steps on a buffer once its approx_kl exceeds 1.5 times this; -1: never
         eval_steps: iterations between evaluations on --label_file; -1: only before and after
         eval_batch_size: rows decoded together in them
+        skip_grad_norm_above: skip steps whose gradient norm, before clipping, is larger, on all ranks and counted; -1: none
+        check_steps: iterations between checks that ranks hold the same weights and counters; -1: only at the start
+        doctor: check what must hold, print a table with likely causes, and stop
         save_steps: iterations between saves; -1: only at the end
         keep_last: saves to keep, besides the one best in evaluation; -1: all
         resume: auto continues the run that actor_save_dir holds, exactly, if the settings are the same; never refuses such a folder
@@ -166,7 +172,7 @@ def main(
     import os
     import random
 
-    from llama_rlhf import cli
+    from llama_rlhf import cli, invariants
     from llama_rlhf.advantages import ALGORITHMS, Ema, KLController, RunningMoments, Settings, check_algorithm, make_advantages
     from llama_rlhf.checkpoint import store
     from llama_rlhf.checkpoint.export import companions_folder
@@ -308,7 +314,8 @@ def main(
     warmup = critic_warmup if critic_warmup != -1 else 2 if roles.critic_is_new else 0
     warmup = 0 if critic is None or replay else min(warmup, iterations - 1)
     steps_each = inner_epochs * math.ceil(max_buffer_size / minibatch_size)
-    options = dict(schedule=lr_schedule, weight_decay=weight_decay, max_grad_norm=max_grad_norm, eps=1e-5, precision=optimizer_precision, zero=zero)
+    options = dict(schedule=lr_schedule, weight_decay=weight_decay, max_grad_norm=max_grad_norm, eps=1e-5, precision=optimizer_precision, zero=zero,
+                   skip_grad_norm_above=skip_grad_norm_above)
 
     def trainer_of(model, lr, default, n_iterations):
         steps = n_iterations * steps_each
@@ -360,6 +367,8 @@ def main(
             store.keep_newest(folder, keep_last, {best["step"]})
         run_log.write(f"saved {os.path.join(actor_save_dir, f'step-{step}')}")
 
+    trainers = {"actor": actor_trainer, **({"critic": critic_trainer} if critic_trainer else {})}
+    invariants.start(roles.all(), trainers, tokenizer, fitting, step=start, max_seq_len=longest, chat=use_chat_template, temperature=temperature, doctor=doctor)
     interrupt = Interrupt()
     memory.start()
     if test_problems and not start:
@@ -413,6 +422,8 @@ def main(
             accuracy = evaluate_actor(step)
             if accuracy > best["accuracy"] and (last or save_steps > 0 and step % save_steps == 0):
                 best = {"accuracy": accuracy, "step": step}
+        if check_steps > 0 and step % check_steps == 0:
+            invariants.running(roles.all(), trainers, step=step, grad_norm=statistics.get("actor_grad_norm"), texts=rollout.tokens)
         asked = not last and interrupt.asked()
         if last or asked or save_steps > 0 and step % save_steps == 0:
             save(step)

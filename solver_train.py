@@ -30,6 +30,9 @@ def main(
     task: str = "GSM8K",
     eval_batch_size: int = 64,
     max_new_tokens: int = 256,
+    skip_grad_norm_above: float = -1.0,
+    check_steps: int = 100,
+    doctor: bool = False,
     save_steps: int = -1,
     resume: str = "auto",
     log_steps: int = 10,
@@ -76,6 +79,9 @@ def main(
         task: what kind of problems those are
         eval_batch_size: rows decoded together in that evaluation
         max_new_tokens: longest answer in that evaluation
+        skip_grad_norm_above: skip steps whose gradient norm, before clipping, is larger, on all ranks and counted; -1: none
+        check_steps: optimizer steps between checks that ranks hold the same weights and counters; -1: only at the start
+        doctor: check what must hold, print a table with likely causes, and stop
         save_steps: also save every so many optimizer steps; -1: only at the end of epochs
         resume: auto continues the run that save_dir holds, exactly, if the settings are the same; never refuses such a folder
         log_steps: optimizer steps between lines of the log
@@ -96,7 +102,7 @@ def main(
     import os
     import time
 
-    from llama_rlhf import cli
+    from llama_rlhf import cli, invariants
     from llama_rlhf.checkpoint import store
     from llama_rlhf.checkpoint.export import companions_folder
     from llama_rlhf.checkpoint.shards import load_model, load_training_state, save_model
@@ -164,7 +170,7 @@ def main(
     total_steps = steps_planned if max_steps == -1 else min(steps_planned, max_steps)
     trainer = Trainer(model, lr=lr if lr > 0 else (1e-5 if lora is None else 2e-4), total_steps=total_steps, schedule=lr_schedule,
                       warmup_steps=math.ceil(warmup_ratio * total_steps), weight_decay=weight_decay, max_grad_norm=max_grad_norm,
-                      precision=optimizer_precision, zero=zero)
+                      precision=optimizer_precision, zero=zero, skip_grad_norm_above=skip_grad_norm_above)
     run_log = RunLog(log_dir, total=total_steps)
     run_log.write(f"{train_file}: {report}\n{trainer.describe()}\n{groups.tp_size()} tensor-parallel x {groups.dp_size()} data-parallel "
                   f"ranks, {model.dtype}, {total_steps} steps\nfirst sample, trained part in brackets: {show_example(examples[0], tokenizer)}")
@@ -189,6 +195,7 @@ def main(
         step, since, of_epoch = earlier["step"], Average(**earlier["run"]["since"]), Average(**earlier["run"]["of_epoch"])
         run_log.advance(step)
         run_log.write(f"continuing {start}, after step {step}")
+    invariants.start({"model": model}, {"model": trainer}, tokenizer, examples, step=step, max_seq_len=max_seq_len, chat=use_chat_template, doctor=doctor)
     for epoch in range(epochs):
         n_batches = epoch_of_micro_batches(epoch)
         first, seen = seen, seen + len(n_batches)       # step numbers of this epoch
@@ -210,6 +217,9 @@ def main(
                 run_log.write(f"step {step}/{total_steps}  loss {since.loss:.4f}  perplexity {since.perplexity:.3f}  lr {result.lr:.2e}  "
                               f"grad_norm {result.grad_norm:.2f}  {since.tokens_per_second:.0f} tok/s  {peak_memory_gb():.2f} GB")
                 since = Average()
+            if check_steps > 0 and step % check_steps == 0:
+                invariants.running({"model": model}, {"model": trainer}, step=step, grad_norm=result.grad_norm,
+                                   texts=[examples[i].tokens for indices in micro_batches for i in indices])
             if save_steps > 0 and step % save_steps == 0 and step < min(seen, total_steps):
                 save(f"step-{step}", epoch)
             if step < min(seen, total_steps) and interrupt.asked():

@@ -32,6 +32,9 @@ def main(
     system_prompt: str | None = None,
     label_file: str = "",
     held_out: float = 0.05,
+    skip_grad_norm_above: float = -1.0,
+    check_steps: int = 100,
+    doctor: bool = False,
     save_steps: int = -1,
     resume: str = "auto",
     log_steps: int = 10,
@@ -83,6 +86,9 @@ def main(
         system_prompt: put before every prompt
         label_file: judged responses to evaluate on after each epoch
         held_out: without label_file: share of train_file's problems to keep for that
+        skip_grad_norm_above: skip steps whose gradient norm, before clipping, is larger, on all ranks and counted; -1: none
+        check_steps: optimizer steps between checks that ranks hold the same weights and counters; -1: only at the start
+        doctor: check what must hold, print a table with likely causes, and stop
         save_steps: also save every so many optimizer steps; -1: only at the end of epochs
         resume: auto continues the run that save_dir holds, exactly, if the settings are the same; never refuses such a folder
         log_steps: optimizer steps between lines of the log
@@ -103,7 +109,7 @@ def main(
     import os
     import time
 
-    from llama_rlhf import cli
+    from llama_rlhf import cli, invariants
     from llama_rlhf.checkpoint import store
     from llama_rlhf.checkpoint.export import companions_folder
     from llama_rlhf.checkpoint.shards import load_model, load_training_state, save_model
@@ -183,7 +189,7 @@ def main(
     total_steps = steps_planned if max_steps == -1 else min(steps_planned, max_steps)
     trainer = Trainer(model, lr=lr if lr > 0 else (1e-5 if lora is None else 2e-4), total_steps=total_steps, schedule=lr_schedule,
                       warmup_steps=math.ceil(warmup_ratio * total_steps), weight_decay=weight_decay, max_grad_norm=max_grad_norm,
-                      precision=optimizer_precision, zero=zero)
+                      precision=optimizer_precision, zero=zero, skip_grad_norm_above=skip_grad_norm_above)
     run_log = RunLog(log_dir, total=total_steps)
     if kind == "solutions":
         run_log.write(f"{train_file} holds right solutions only. Wrong ones were made by changing the answer and other numbers: a verifier can "
@@ -215,6 +221,7 @@ def main(
         judged[:] = earlier["run"]["judged"] if groups.is_main() else (0.0, 0)
         run_log.advance(step)
         run_log.write(f"continuing {start}, after step {step}")
+    invariants.start({"model": model}, {"model": trainer}, tokenizer, examples, step=step, max_seq_len=max_seq_len, chat=use_chat_template, doctor=doctor)
     for epoch in range(epochs):
         steps = epoch_of_micro_batches(epoch)
         first, seen = seen, seen + len(steps)       # step numbers of this epoch
@@ -237,6 +244,9 @@ def main(
                 run_log.write(f"step {step}/{total_steps}  loss {since.loss:.4f}  accuracy {accuracy:.1%}  lr {result.lr:.2e}  "
                               f"grad_norm {result.grad_norm:.2f}  {since.tokens_per_second:.0f} tok/s  {peak_memory_gb():.2f} GB")
                 since = Average()
+            if check_steps > 0 and step % check_steps == 0:
+                invariants.running({"model": model}, {"model": trainer}, step=step, grad_norm=result.grad_norm,
+                                   texts=[examples[i].tokens for indices in micro_batches for i in indices])
             if save_steps > 0 and step % save_steps == 0 and step < min(seen, total_steps):
                 model.score = measure_score(model, examples, loss)
                 save(f"step-{step}", epoch)

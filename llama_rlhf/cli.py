@@ -76,7 +76,11 @@ def run(main):
     except BaseException as e:
         if _is_user_error(e):
             rank = f"[rank {_rank()}] " if _world_size() > 1 else ""
-            print(f"{rank}error: {str(e) or type(e).__name__}", file=sys.stderr)
+            said = e.strerror if isinstance(e, OSError) and e.strerror and not e.filename else str(e)
+            print(f"{rank}error: {said or type(e).__name__}", file=sys.stderr)
+        elif isinstance(e, RuntimeError) and _LOST.search(str(e)):
+            print(f"[rank {_rank()}] error: lost another rank: {e}\nThat rank's own output says why. Complete saves are untouched; the same command continues "
+                  "from the newest.", file=sys.stderr)
         else:
             traceback.print_exc()
         _exit(1)
@@ -317,11 +321,16 @@ def _script():
 # -- failing ----------------------------------------------------------------------------------------------------
 
 
+# what gloo, NCCL and parallel/shared_memory.py say when a peer is gone or does not answer
+_LOST = re.compile(r"(?i)connection (closed|reset|refused)|broken pipe|timed out waiting|timed? ?out after|ncclRemoteError|has ended before exchange"
+                   r"|did not arrive at exchange")
+
+
 def _is_user_error(e):
     """What a user can cause and cure: these carry their own explanation, a traceback would only bury it."""
-    if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return True
-    return isinstance(e, (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError))
+    return isinstance(e, (ValueError, FloatingPointError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError))
 
 
 def _exit(code):

@@ -30,13 +30,22 @@ class RunLog:
         if not groups.is_main():
             return
         from tqdm import tqdm
-        os.makedirs(log_dir, exist_ok=True)
-        with open(os.path.join(log_dir, "run.json"), "w") as file:
-            json.dump({"script": os.path.basename(sys.argv[0]), "arguments": cli.resolved, "started": self.started,
-                       "environment": environment()}, file, indent=1)
-        self._metrics = open(os.path.join(log_dir, "metrics.jsonl"), "a")
+        with self._named():
+            os.makedirs(log_dir, exist_ok=True)
+            with open(os.path.join(log_dir, "run.json"), "w") as file:
+                json.dump({"script": os.path.basename(sys.argv[0]), "arguments": cli.resolved, "started": self.started,
+                           "environment": environment()}, file, indent=1)
+            self._metrics = open(os.path.join(log_dir, "metrics.jsonl"), "a")
         # a terminal gets a moving line, a file one line in ten seconds at most
         self._bar = tqdm(total=total, unit=unit, mininterval=0.3 if sys.stderr.isatty() else 10.0, dynamic_ncols=True)
+
+    @contextlib.contextmanager
+    def _named(self):
+        """Failures to write say where."""
+        try:
+            yield
+        except OSError as error:
+            raise type(error)(error.errno, f"cannot write the log in {self.log_dir}: {error.strerror}. Complete saves are untouched") from error
 
     def advance(self, n: int = 1, **shown) -> None:
         if self._bar is not None:
@@ -47,8 +56,9 @@ class RunLog:
         """One line of metrics.jsonl. Numbers that are not finite are written as null: json has no NaN."""
         if self._metrics is not None:
             clean = {key: None if isinstance(v, float) and v - v != 0 else v for key, v in values.items()}
-            self._metrics.write(json.dumps({"kind": kind, "time": round(time.time(), 3), "run": self.started, **clean}) + "\n")
-            self._metrics.flush()
+            with self._named():
+                self._metrics.write(json.dumps({"kind": kind, "time": round(time.time(), 3), "run": self.started, **clean}) + "\n")
+                self._metrics.flush()
 
     def write(self, text: str) -> None:
         """Print above the progress line."""

@@ -34,7 +34,7 @@ def learning_rate(step: int, *, peak: float, total_steps: int, warmup_steps: int
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the step's tokens, nats; n_tokens: global; grad_norm: before clipping; skipped: not finite, nothing changed."""
+    """loss: mean over the step's tokens, nats; n_tokens: global; grad_norm: before clipping; skipped: not finite, or a spike; nothing changed."""
 
     loss: float
     n_tokens: int
@@ -57,13 +57,14 @@ class Trainer:
 
     def __init__(self, model: Transformer, *, lr: float, total_steps: int, warmup_steps: int = 0, final_lr_ratio: float = 0.0,
                  schedule: str = "cosine", weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
-                 max_grad_norm: float = 1.0, max_skipped_steps: int = 10, precision: str = "master", zero: int = 0):
+                 max_grad_norm: float = 1.0, max_skipped_steps: int = 10, precision: str = "master", zero: int = 0, skip_grad_norm_above: float = -1.0):
         if schedule not in ("cosine", "linear", "constant"):
             raise ValueError(f"--lr_schedule {schedule!r}: use cosine, linear or constant")
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         check_options(precision, zero, {p.dtype for _, p in named})
         groups.keep_freed_memory()
         self.model, self.max_grad_norm, self.max_skipped_steps = model, max_grad_norm, max_skipped_steps
+        self.spike, self.last_save = skip_grad_norm_above if skip_grad_norm_above > 0 else math.inf, ""
         self._rate = dict(peak=lr, total_steps=total_steps, warmup_steps=warmup_steps, final_ratio=final_lr_ratio, schedule=schedule)
         self.n_steps = self.skipped_in_a_row = self.skipped_steps = self._steps_at_scale = 0
         self.loss_scale = 2.0 ** 16 if any(p.dtype == torch.float16 for p in model.parameters()) else None
@@ -123,8 +124,8 @@ class Trainer:
         """One optimizer step over this replica's micro-batches. Collective: every rank calls it the same number of times.
 
         loss_sum(micro_batch) -> differentiable sum of losses over its tokens; count(micro_batch) -> how many those are.
-        A non-finite gradient anywhere skips the step on all ranks; RuntimeError after max_skipped_steps in a row (in an fp16 model: at
-        the smallest scale of the loss).
+        A non-finite gradient anywhere, or a norm above skip_grad_norm_above, skips the step on all ranks; FloatingPointError after
+        max_skipped_steps in a row (overflows of an fp16 model count at the smallest scale of the loss only).
         """
         scale = self.loss_scale or 1.0
         n_tokens = int(self._sum_over_replicas(sum(count(batch) for batch in micro_batches)))
@@ -142,7 +143,8 @@ class Trainer:
         mean_loss, grad_norm = self._sum_over_replicas(total) / max(1, n_tokens), float(gradient_norm(self.model, self.gradient_of)) / scale
         lr = learning_rate(self.n_steps, **self._rate)
         finite = math.isfinite(grad_norm) and math.isfinite(mean_loss)
-        if finite:
+        usable = finite and grad_norm <= self.spike
+        if usable:
             self._update(lr, (min(1.0, self.max_grad_norm / (grad_norm + 1e-6)) if self.max_grad_norm > 0 else 1.0) / scale)
             self.n_steps, self.skipped_in_a_row = self.n_steps + 1, 0
         else:
@@ -159,10 +161,12 @@ class Trainer:
             p.grad = None
         if self.n_steps % 8 == 0:
             groups.release_freed_memory()
-        if self.skipped_in_a_row >= self.max_skipped_steps and scale == 1.0:
-            raise RuntimeError(f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite (last: loss {mean_loss}, "
-                               f"gradient norm {grad_norm}). Lower --lr, use --dtype fp32, or look at the data; weights are as before them.")
-        return StepResult(mean_loss, n_tokens, grad_norm, lr, not finite)
+        if self.skipped_in_a_row >= self.max_skipped_steps and (scale == 1.0 or finite):
+            raise FloatingPointError(
+                f"{self.skipped_in_a_row} steps in a row were skipped: loss or gradient not finite{f', or its norm above {self.spike:g}' if self.spike < math.inf else ''} "
+                f"(last: loss {mean_loss}, gradient norm {grad_norm}). Lower --lr, use --dtype fp32, or look at the data. "
+                f"{f'The last good checkpoint is {self.last_save}' if self.last_save else 'Nothing has been saved yet'}.")
+        return StepResult(mean_loss, n_tokens, grad_norm, lr, not usable)
 
     def _update(self, lr: float, factor: float) -> None:
         """One AdamW step on the gradients times factor."""

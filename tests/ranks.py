@@ -6,7 +6,7 @@ import socket
 import traceback
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "transformers", "llama_rlhf.checkpoint.shards", "ranks"])
+_context.set_forkserver_preload(["torch", "torch._dynamo", "transformers", "llama_rlhf.checkpoint.shards", "ranks"])
 
 
 def _child(rank, n, port, function, args, queue):

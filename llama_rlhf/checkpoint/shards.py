@@ -192,13 +192,14 @@ def save_model(model: Transformer, folder: str, *, companions: str, trainer=None
     """Collective. Publish this model as one consolidated.NN.pth per tensor-parallel rank; replicas write once.
 
     companions: the folder whose tokenizer files go along.  more: further manifest fields (step, epoch, score, ...).
-    trainer: its state goes along, one training.NN.pth per tensor-parallel rank (and replica, where they share it), for `load_training_state`.
+    trainer: its state goes along, one training.NN.pth per tensor-parallel rank (and replica, where they share it), for `load_training_state`:
+    what has a parameter's shape under the parameter's native names, cut as the weights are; everything else as it is.
     """
     config, wanted = model.config, native_tensors(model)
     writes = groups.dp_rank() == 0
     writes_state = trainer is not None and (writes or trainer.sharded)
     entries = [(native, piece, parameter.detach()) for _, _, _, parameter, pieces in walk(model) for native, piece in pieces]
-    state = trainer.state_tensors() if writes_state else {}
+    state = _native_state(model, trainer.state_tensors()) if writes_state else {}
     n_bytes = (sum(piece_of(p, piece, owned=True).nbytes for _, piece, p in entries) if writes else 0) + sum(x.nbytes for x in state.values())
 
     def write(temporary: str) -> dict:
@@ -212,7 +213,7 @@ def save_model(model: Transformer, folder: str, *, companions: str, trainer=None
                     writer.write(native, x.cpu())
                 result |= {name: writer.close()}
         if state:
-            name = _training_file(trainer)
+            name = _training_file(trainer, groups.tp_rank())
             with PthWriter(os.path.join(temporary, name)) as writer:
                 for key, x in state.items():
                     writer.write(key, x.cpu())
@@ -224,21 +225,57 @@ def save_model(model: Transformer, folder: str, *, companions: str, trainer=None
         embedding = _recut_embedding(model)
     store.publish(folder, write, _manifest(config, wanted, model.lora, groups.tp_size(), isinstance(model, ValueModel), more),
                   n_bytes=n_bytes)
+    if trainer is not None:
+        trainer.last_save = folder
 
 
-def _training_file(trainer) -> str:
-    return f"training.{groups.tp_rank():02d}{f'.{groups.dp_rank():02d}' if trainer.sharded else ''}.pth"
+def _native_state(model: Transformer, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A trainer's "parameter.key" -> tensor as "native name.key" -> the part of it that this rank owns."""
+    layout, result = {name: (parameter, pieces) for name, _, _, parameter, pieces in walk(model)}, {}
+    for key, x in state.items():
+        name, _, what = key.rpartition(".")
+        if name in layout and layout[name][0].shape == x.shape:
+            result |= {f"{native}.{what}": piece_of(x, piece, owned=True) for native, piece in layout[name][1]}
+        else:
+            result[key] = x
+    return result
+
+
+def _training_file(trainer, tp_rank: int) -> str:
+    return f"training.{tp_rank:02d}{f'.{groups.dp_rank():02d}' if trainer.sharded else ''}.pth"
 
 
 def load_training_state(trainer, folder: str) -> None:
-    """Collective. Give a trainer the state that `save_model` stored with its model. ValueError on every rank when it does not fit."""
-    path = os.path.join(folder, _training_file(trainer))
-    with groups.together(f"loading {path}"):
+    """Collective. Give a trainer the state that `save_model` stored with its model, at whatever number of tensor-parallel ranks.
+    ValueError on every rank when it does not fit."""
+    with groups.together(f"loading the optimizer state of {folder}"):
         n_shards = read_manifest(folder)["n_shards"]
-        if not os.path.exists(path) or n_shards != groups.tp_size():
-            raise CheckpointError(f"{folder} was saved by {n_shards} tensor-parallel ranks{'' if os.path.exists(path) else ' without optimizer state'}; "
-                                  f"here are {groups.tp_size()}. Resume with as many, or start a new run from its weights.")
-        trainer.load_state_tensors(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        paths = [os.path.join(folder, _training_file(trainer, rank)) for rank in range(n_shards)]
+        if missing := [path for path in paths if not os.path.exists(path)]:
+            raise CheckpointError(f"{missing[0]} is missing: {folder} holds no optimizer state to resume from. Start a new run from its weights.")
+        files = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths]
+        same = n_shards == groups.tp_size()
+        own = files[groups.tp_rank()] if same else files[0]
+
+        def read(key: str, piece: Piece) -> torch.Tensor:
+            if piece.dim is None or same and piece.held == piece.owned:
+                return own[key]
+            return torch.cat([file[key] for file in files], piece.dim).narrow(piece.dim, piece.held[0], piece.held[1] - piece.held[0])
+
+        kinds, state, taken = {}, {}, set()
+        for key in own:
+            kinds.setdefault(key.rpartition(".")[0], []).append(key.rpartition(".")[2])
+        for name, _, _, parameter, pieces in walk(trainer.model):
+            for what in kinds.get(pieces[0][0], ()) if parameter.requires_grad else ():
+                keys = [f"{native}.{what}" for native, _ in pieces]
+                if own[keys[0]].dim() != parameter.dim() or not all(key in own for key in keys):
+                    continue            # a number beside the moments, the step count
+                state[f"{name}.{what}"] = full = torch.empty(parameter.shape, dtype=own[keys[0]].dtype)
+                for key, (_, piece) in zip(keys, pieces):
+                    piece_of(full, piece).copy_(read(key, piece))
+                taken |= set(keys)
+        trainer.load_state_tensors({**{key: x for key, x in own.items() if key not in taken}, **state})
+        trainer.last_save = folder
 
 
 def _recut_embedding(model: Transformer) -> torch.Tensor:

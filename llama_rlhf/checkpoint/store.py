@@ -6,10 +6,12 @@ the parent fsynced. Assumes a file system where rename is atomic (local disks, N
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 from collections.abc import Callable
@@ -22,19 +24,30 @@ _SAVE = re.compile(r"(?:epoch|step)-\d+")
 
 
 def check_writable(folder: str) -> None:
-    """Make the folder and prove that a file can be written in it; OSError with the reason, on every rank, otherwise."""
+    """Make the folder, prove that a file can be written in it, and that every rank sees the file: nodes must share the disk.
+    CheckpointError or NotADirectoryError with the reason, on every rank, otherwise."""
+    probe = None
     with groups.together(f"preparing {folder}"):
         if groups.is_main():
             if os.path.exists(folder) and not os.path.isdir(folder):
                 raise NotADirectoryError(f"{folder} is a file; a folder is needed to save in")
             try:
                 os.makedirs(folder, exist_ok=True)
-                probe = os.path.join(folder, ".write-test")
+                probe = os.path.join(folder, f".write-test-{platform.node()}-{os.getpid()}")
                 with open(probe, "w"):
                     pass
-                os.remove(probe)
             except OSError as error:
-                raise type(error)(f"cannot write in {folder}: {error.strerror}. Choose another folder, or change its permissions.") from error
+                raise CheckpointError(f"cannot write in {folder}: {error.strerror}. Choose another folder, or change its permissions.") from error
+    name, host = groups.broadcast_object((os.path.basename(probe or ""), platform.node()))
+    try:
+        with groups.together(f"looking for {folder} from every node"):
+            if not os.path.exists(os.path.join(folder, name)):
+                raise CheckpointError(f"{folder} on {platform.node()} is not the folder that rank 0 on {host} writes in: a file made there does not appear "
+                                      "here. All nodes must see one folder. Choose one on a file system that they share, or run on one node.")
+    finally:
+        if probe:
+            with contextlib.suppress(OSError):
+                os.remove(probe)
 
 
 _locks = []     # open files: a lock lasts as long as its process
@@ -64,19 +77,21 @@ def publish(folder: str, write: Callable[[str], dict | None], manifest: dict | N
     folder = os.path.abspath(folder)
     parent, name = os.path.split(folder)
     temporary = os.path.join(parent, f".tmp-{name}")
-    needed = sum(groups.gather_objects(n_bytes))
-    with groups.together(f"preparing {folder}"):
+    targets, sizes = zip(*groups.gather_objects((folder, n_bytes)))
+    if len(set(targets)) > 1:
+        raise CheckpointError(f"the ranks are saving to different folders: {', '.join(sorted(set(targets)))}. Give all of them the same.")
+    with groups.together(f"preparing {folder}"), _said(folder):
         if groups.is_main():
             if os.path.isdir(folder) and os.listdir(folder):
                 raise CheckpointError(f"{folder} exists and is not empty. Choose another folder, or remove this one.")
-            check_free_space(parent, needed)
+            check_free_space(parent, sum(sizes))
             shutil.rmtree(temporary, ignore_errors=True)     # left by a run that died while saving
             os.makedirs(temporary)
     try:
-        with groups.together(f"writing {folder}"):
+        with groups.together(f"writing {folder}"), _said(folder):
             files = write(temporary)
         gathered = groups.gather_objects(files)
-        with groups.together(f"publishing {folder}"):
+        with groups.together(f"publishing {folder}"), _said(folder):
             if groups.is_main():
                 if manifest is not None:
                     entries = {file: entry for part in gathered for file, entry in part.items()}
@@ -92,12 +107,22 @@ def publish(folder: str, write: Callable[[str], dict | None], manifest: dict | N
         raise
 
 
+@contextlib.contextmanager
+def _said(folder: str):
+    """Failures of the file system as one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{folder} could not be saved: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}. Earlier saves are "
+                              "as they were. Free space or change what is in the way; the same command continues from the newest.") from error
+
+
 def check_free_space(folder: str, needed: int) -> None:
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
     free = shutil.disk_usage(folder).free
     if needed * 1.01 + (1 << 20) > free:
-        raise CheckpointError(f"no space to save in {folder}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free. "
+        raise CheckpointError(f"no space to save in {folder}: {needed / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free. "
                               "Free some, or save elsewhere.")
 
 
@@ -161,7 +186,7 @@ def existing_saves(folder: str) -> list[str]:
 
 # flags that may differ between a run and its continuation: they do not change its numbers
 _HARMLESS = {"resume", "log_dir", "timeout_seconds", "save_steps", "keep_last", "save_rollouts", "log_steps", "eval_steps", "eval_batch_size",
-             "keep_resident", "plan", "plan_ranks"}
+             "keep_resident", "plan", "plan_ranks", "model_parallel_size", "check_steps", "doctor"}
 
 
 def identity(arguments: dict, dtype, **started_from: str) -> dict:
@@ -175,7 +200,7 @@ def _differences(now: dict, before: dict | None) -> list[str]:
         return ["what it was is not recorded"]
     changed = [f"--{key} {value} (was {before['arguments'].get(key)})" for key, value in now["arguments"].items()
                if key not in _HARMLESS and value != before["arguments"].get(key)]
-    return changed or [f"{key} {now[key]} (was {before[key]})" for key in now if key != "arguments" and now[key] != before[key]]
+    return changed or [f"{key} {now[key]} (was {before[key]})" for key in now if key not in ("arguments", "tensor_parallel") and now[key] != before[key]]
 
 
 def find_start(save_dirs: list[str], run: dict, resume: str) -> tuple[list[str], dict]:
@@ -185,7 +210,8 @@ def find_start(save_dirs: list[str], run: dict, resume: str) -> tuple[list[str],
     run: `identity` of this run, to be that in the saves' manifests but for harmless flags.
     resume: "auto" continues a run of the same settings; "never" refuses folders that hold saves.
     A damaged save is moved aside, and the one before it is taken; what one role saved just before the run died, and the other
-    did not, is removed: it will be computed again. ValueError on every rank.
+    did not, is removed: it will be computed again. So is what a killed run left half written. ValueError on every rank.
+    Another number of tensor-parallel ranks is no other run: weights and optimizer state are cut anew, and a note says what that costs.
     """
     if resume not in ("auto", "never"):
         raise ValueError(f"--resume {resume!r}: use auto or never")
@@ -222,7 +248,14 @@ def find_start(save_dirs: list[str], run: dict, resume: str) -> tuple[list[str],
                             path = os.path.join(folder, name)
                             if path not in found.values() or any(path == found[s] and s > step for s in found):
                                 _remove(path)
+                        for name in os.listdir(folder):
+                            if name.startswith(".tmp-"):
+                                _delete(os.path.join(folder, name))
         if not damaged:
+            before = _brief(paths[0]).get("run", {}).get("identity", {}).get("tensor_parallel") if paths else None
+            if before not in (None, run["tensor_parallel"]):
+                groups.log(f"note: {paths[0]} was saved by {before} tensor-parallel ranks, here are {run['tensor_parallel']}. The run continues from the same weights "
+                           "and optimizer state, but its sums are rounded in another order: not to the bits of an undisturbed run.")
             return (paths, _brief(paths[0])) if paths else ([""] * len(save_dirs), {})
 
 
@@ -255,9 +288,15 @@ def keep_newest(folder: str, n: int, spare: set[int]) -> None:
 def _remove(path: str) -> None:
     """Under another name first: what is half removed must not look like a save."""
     hidden = os.path.join(os.path.dirname(path), f".tmp-removed-{os.path.basename(path)}")
-    shutil.rmtree(hidden, ignore_errors=True)
+    _delete(hidden)
     os.rename(path, hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
+    _delete(hidden)
+
+
+def _delete(path: str) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    if os.path.lexists(path) and not os.path.isdir(path):
+        os.remove(path)
 
 
 def _fsync_folder(folder: str) -> None:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 
 from llama_rlhf.parallel.shared_memory import SharedMemoryGroup, host_identity
+from llama_rlhf.parallel.watch import Watch
 
 _state: dict = {}
 
@@ -73,6 +74,11 @@ def initialize(model_parallel_size: int = -1, *, timeout_seconds: float = 600.0,
     _state["dp"] = fairscale_groups.get_data_parallel_group()
     _state["places"] = (dist.get_world_size(_state["tp"]), dist.get_rank(_state["tp"]), dist.get_world_size(_state["dp"]), dist.get_rank(_state["dp"]))
     _state["shared_memory"] = None
+    if world > 1:
+        from llama_rlhf.parallel.regions import traffic     # it imports this module
+        store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store())
+        _state["watch"] = Watch(store, dist.get_rank(), world, timeout_seconds, lambda: traffic["all_reduce"] + traffic["all_gather"])
+        _state["watch"].start()
     if not use_cuda and size > 1:
         places = gather_objects(host_identity())
         if len(set(places)) == 1 and places[0][-1] == "x86_64":         # several hosts: gloo
@@ -118,6 +124,8 @@ def free_memory() -> int:
 
 def shutdown() -> None:
     """Leave the groups; a later `initialize` may start others."""
+    if "watch" in _state:
+        _state["watch"].stop()
     if dist.is_initialized():
         fairscale_groups.destroy_model_parallel()
         dist.destroy_process_group()
