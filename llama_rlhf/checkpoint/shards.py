@@ -14,7 +14,7 @@ from torch import nn
 from llama_rlhf import __version__
 from llama_rlhf.checkpoint import store
 from llama_rlhf.checkpoint.convert import NativeView, load_config, read_manifest
-from llama_rlhf.checkpoint.formats import Checkpoint, CheckpointError, open_checkpoint
+from llama_rlhf.checkpoint.formats import Checkpoint, CheckpointError, open_checkpoint, open_file
 from llama_rlhf.checkpoint.writer import PthWriter
 from llama_rlhf.config import ModelConfig
 from llama_rlhf.models import write_params
@@ -60,6 +60,15 @@ def inspect(checkpoint: Checkpoint, model_type: str = "") -> Contents:
     return Contents(config, notes, lora, "value_head.weight" in infos, manifest)
 
 
+def verify_contents(checkpoint: Checkpoint, contents: Contents) -> None:
+    """Collective: compare a folder of ours with its SHA-256, anyone else's with the checksums its files have, if any."""
+    if contents.manifest:
+        return store.verify(checkpoint.folder)
+    with groups.together(f"verifying {checkpoint.path}"):
+        for file in checkpoint.files:
+            file.check(groups.rank(), groups.world_size())
+
+
 def look_inside(path: str) -> Contents:
     """Collective. What a checkpoint holds, its weights unread."""
     with groups.together(f"opening {path}"), open_checkpoint(store.resolve(path)) as checkpoint:
@@ -88,8 +97,8 @@ def load_model(path: str, model_class: type[Transformer] = CausalLM, *, lora: Lo
         contents = inspect(checkpoint, model_type)
     for note in contents.notes:
         groups.log("note:", note)
-    if verify and contents.manifest:
-        store.verify(checkpoint.folder)
+    if verify:
+        verify_contents(checkpoint, contents)
     with groups.together(f"loading {path}"):
         if model_class is CausalLM and contents.has_value_head:
             raise CheckpointError(f"{path} is a reward or value model: it has a value head and cannot generate text. "
@@ -234,7 +243,8 @@ def load_training_state(trainer, folder: str) -> None:
         if not os.path.exists(path) or n_shards != groups.tp_size():
             raise CheckpointError(f"{folder} was saved by {n_shards} tensor-parallel ranks{'' if os.path.exists(path) else ' without optimizer state'}; "
                                   f"here are {groups.tp_size()}. Resume with as many, or start a new run from its weights.")
-        trainer.load_state_tensors(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        with open_file(path) as file:
+            trainer.load_state_tensors({name: file.read(name) for name in file.infos})
 
 
 def _recut_embedding(model: Transformer) -> torch.Tensor:
@@ -338,8 +348,7 @@ class Rewrite:
         """Compare a checkpoint of ours with its checksums before a byte is written."""
         for note in self.contents.notes:
             groups.log("note:", note)
-        if self.contents.manifest:
-            store.verify(self.checkpoint.folder)
+        verify_contents(self.checkpoint, self.contents)
 
     def __enter__(self):
         return self
