@@ -33,6 +33,7 @@ FOLDER_FILES = (
     "tokenizer.model.v1",
     "qwen.tiktoken",
 )
+MAX_TEMPLATE = 1 << 17  # characters
 MAX_NAME, MAX_RANKED_BYTES = 200, 1000  # of a control token's name; of a token in a tiktoken file: all its parts are looked up
 MAX_FILE_BYTES = 64 << 20  # the largest real one, a tokenizer.json of 256k tokens, has about 35 MB
 
@@ -496,12 +497,14 @@ class _Settings:
             _expected("eos_token_id", eos, int, type(None))  # fmt: skip
         template = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
         if (folder / "chat_template.jinja").is_file():
-            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+            with open(folder / "chat_template.jinja", encoding="utf-8") as f:
+                template = f.read(MAX_TEMPLATE + 1)
         if isinstance(template, list):  # [{"name": ..., "template": ...}, ...]
             template = {item["name"]: item["template"] for item in template}
         self.templates = template if isinstance(template, dict) else {"default": template} if template else {}
         for template in self.templates.values():
-            _expected("chat_template", template, str)
+            if len(_expected("chat_template", template, str)) > MAX_TEMPLATE:
+                raise ValueError(f"a chat template of more than {MAX_TEMPLATE} characters")
         self.chat_template = self.templates.get("default")
 
 

@@ -25,6 +25,8 @@ def reading(path, what="cannot be read", error_class=ValueError):
 def read_json(path, max_bytes=MAX_JSON_BYTES, error_class=ValueError) -> dict:
     """The json object in a file. error_class for anything else: too large, too deep, too many parts, damaged."""
     with reading(path, "not valid json", error_class):
+        if not os.path.isfile(path):
+            raise error_class(f"{path}: not a file")        # a pipe or a device would never end
         size = os.path.getsize(path)
         if size > max_bytes:
             raise error_class(f"{path}: {size} bytes of json, more than {max_bytes}; this is not the file it should be")

@@ -30,7 +30,7 @@ from llama_rlhf import untrusted
 
 # Tables of contents. Real ones: a few hundred bytes per tensor, and in GGUF a vocabulary of up to 262,000 tokens
 MAX_HEADER_BYTES = 16 << 20  # safetensors
-MAX_PICKLE_BYTES, PICKLE_BYTES_PER_RECORD = 1 << 20, 1 << 10  # data.pkl: so much, and so much more for each record
+MAX_PICKLE_BYTES, PICKLE_BYTES_PER_RECORD = 1 << 19, 1 << 10  # data.pkl: so much, and so much more for each record
 MAX_PICKLED_TUPLE = 2000  # objects in a tuple, counted wherever they are reached: a tuple may be a key, which is hashed
 MAX_GGUF_HEADER_BYTES, MAX_GGUF_ITEMS, MAX_GGUF_ENTRIES = 64 << 20, 1 << 22, 1 << 16
 MAX_NAME = 500  # characters of a tensor's name
