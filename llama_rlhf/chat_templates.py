@@ -93,9 +93,9 @@ def _answer(compiled, template, names):
         text = compiled.render(**names)
     except Exception as e:
         reason = "it needs too much memory" if isinstance(e, MemoryError) else str(e) or type(e).__name__
-        return None, f"the chat template refuses these messages: {reason[:500]}"
+        return None, f"the chat template of this tokenizer refuses these messages: {reason[:500]}"
     if len(text) > MAX_TEXT:
-        return None, f"the chat template makes {len(text)} characters of one conversation, more than {MAX_TEXT}"
+        return None, f"the chat template of this tokenizer makes {len(text)} characters of one conversation, more than {MAX_TEXT}"
     return text, None
 
 

@@ -103,19 +103,20 @@ def _stream_list(file, stream, line):
     while True:
         start, fault = _SPACE.match(text, at).end(), "expected , or ]"
         if text[start : start + 1] == "]":
-            if rest := (text[start + 1 :] + stream.read()).strip():
+            if rest := (text[start + 1 :] + stream.read()).strip(" \t\r\n"):
                 raise ValueError(f"{file}, line {line + text.count(chr(10), at, start)}: more text after the end of the list: {rest[:20]!r}")
             return
         if number == 0 or text[start : start + 1] == ",":
             start = _SPACE.match(text, start + (number > 0)).end()
             try:
                 value, stop = _DECODER.raw_decode(text, start)
-                if _SPACE.match(text, stop).end() < len(text):  # what follows is there too: a number cannot go on
+                after = _SPACE.match(text, stop).end()
+                if text[after : after + 1] in (",", "]"):  # else it may go on: "1" is the begin of "1.5"
                     line += text.count("\n", at, start)
                     yield (number := number + 1), line, value
                     line, at, block = line + text.count("\n", start, stop), stop, _BLOCK
                     continue
-                start, fault = stop, "the list is not closed"
+                start = after
             except json.JSONDecodeError as e:
                 start, fault = e.pos, e.msg
             except (ValueError, RecursionError) as e:

@@ -280,6 +280,42 @@ def test_a_tensor_that_claims_more_elements_than_are_stored_is_refused(tmp_path)
         open_file(tmp_path / "x.pth")
 
 
+def test_a_changed_tensor_of_a_pth_file_shows_in_its_checksum(tmp_path):
+    path = sample(tmp_path, ".pth")
+    with open_file(path) as file:
+        file.check()
+    data = bytearray(path.read_bytes())
+    at = data.index(torch.arange(32.0).numpy().tobytes())
+    data[at + 8] ^= 1
+    path.write_bytes(data)
+    with open_file(path) as file:
+        file.check(1, 2)  # the record is in the half of another process, or in this one's
+        with pytest.raises(CheckpointError, match=r"damaged in sample/data/0"):
+            file.check(0, 2)
+
+
+def test_a_file_saved_without_checksums_still_loads(tmp_path):
+    compute = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = sample(tmp_path, ".pth")
+    finally:
+        torch.serialization.set_crc32_options(compute)
+    with open_file(path) as file:
+        file.check()
+        assert file.read("b").tolist() == list(range(8))
+
+
+def test_large_plain_pickles_pass_the_scan_and_their_objects_are_counted(tmp_path):
+    state = {f"layers.{i}.weight": torch.ones(1) for i in range(3000)}
+    torch.save({**state, "betas": (0.9, 0.95), "rng": (3, tuple(range(625)), None)}, tmp_path / "x.pth")
+    assert len(open_file(tmp_path / "x.pth").infos) == 3000
+    pair = tuple(range(40))
+    torch.save({"a": torch.ones(1), "b": ((pair,) * 40,) * 2}, tmp_path / "y.pth")  # 3200 numbers, however few are stored
+    with pytest.raises(CheckpointError, match="nests more than 2000 objects"):
+        open_file(tmp_path / "y.pth")
+
+
 # ---- folders -------------------------------------------------------------------------------------------------------
 
 

@@ -55,7 +55,7 @@ def _child(function, arguments, pipe):
         os.write(pipe, json.dumps([kind, detail[:1000], work_seconds() - start, max(_status("VmHWM:"), helpers)]).encode() + b"\n")
 
 
-def run_cases(function, arguments, *, seconds=60.0, workers=2, batch=1):
+def run_cases(function, arguments, *, seconds=180.0, workers=2, batch=1):
     """Yield (argument, Ending) of function(argument) -> (kind, detail) for each, in about the order given; hung after `seconds`."""
     source, retry, running = iter(arguments), [], {}
     while True:

@@ -320,11 +320,11 @@ def _(folder, canary):
     return lambda: open_file(path)
 
 
-@entry("zip bomb: 1 MB that inflates to 1 GB")
+@entry("zip bomb: 256 kB that inflate to 256 MB")
 def _(folder, canary):
     with zipfile.ZipFile(folder / "x.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         with archive.open("archive/data.pkl", "w") as member:
-            for _ in range(1024):
+            for _ in range(256):
                 member.write(bytes(1 << 20))
     return lambda: open_file(folder / "x.pth")
 
