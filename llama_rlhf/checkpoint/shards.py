@@ -239,7 +239,7 @@ def load_training_state(trainer, folder: str) -> None:
     """Collective. Give a trainer the state that `save_model` stored with its model. ValueError on every rank when it does not fit."""
     path = os.path.join(folder, _TRAINING.format(groups.tp_rank()))
     with groups.together(f"loading {path}"):
-        n_shards = read_manifest(folder)["n_shards"]
+        n_shards = read_manifest(folder).get("n_shards")
         if not os.path.exists(path) or n_shards != groups.tp_size():
             raise CheckpointError(f"{folder} was saved by {n_shards} tensor-parallel ranks{'' if os.path.exists(path) else ' without optimizer state'}; "
                                   f"here are {groups.tp_size()}. Resume with as many, or start a new run from its weights.")
