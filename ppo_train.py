@@ -177,7 +177,7 @@ def main(
     from llama_rlhf.checkpoint import store
     from llama_rlhf.checkpoint.export import companions_folder
     from llama_rlhf.checkpoint.shards import load_training_state, save_model
-    from llama_rlhf.data import encode_prompt, prompt_of, read_records
+    from llama_rlhf.data import encode_prompt, place_of, prompt_of, read_records
     from llama_rlhf.evaluation import check_vocabulary, encode_problems, evaluate, show
     from llama_rlhf.interrupt import Interrupt
     from llama_rlhf.losses import kl_estimate
@@ -262,7 +262,7 @@ def main(
         if rule not in kind.RULES:
             raise ValueError(f"--rule {rule!r}: use one of {', '.join(kind.RULES)}")
         test_problems = kind.load(label_file) if label_file else []
-        texts = [p.prompt for p in problems] if problems else [prompt_of(r, f"{train_file}, record {n}") for n, r in enumerate(records, 1)]
+        texts = [p.prompt for p in problems] if problems else [prompt_of(r, place_of(records, n)) for n, r in enumerate(records, 1)]
         prompts = [Prompt(n, text if isinstance(text, str) else str(text), encode_prompt(tokenizer, text, use_chat_template=use_chat_template,
                                                                                         system_prompt=system_prompt), problem)
                    for n, (text, problem) in enumerate(zip(texts, problems or [None] * len(texts)), 1)]

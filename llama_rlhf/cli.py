@@ -33,6 +33,7 @@ import traceback
 import types
 import typing
 
+MAX_CONFIG = 1 << 16  # characters; PyYAML reads about 60,000 a second
 resolved: dict = {}  # the arguments of this run, defaults included; filled by run() before main is entered
 
 TRUE_WORDS, FALSE_WORDS = ("true", "1", "yes"), ("false", "0", "no")
@@ -159,10 +160,13 @@ def read_config(path, parameters):
 
     try:
         with open(path, encoding="utf-8") as file:
-            data = yaml.safe_load(file)  # JSON is YAML
+            text = file.read(MAX_CONFIG + 1)
+        if len(text) > MAX_CONFIG:
+            return {}, [f"--config {path}: more than {MAX_CONFIG} characters; this is not a file of flags"]
+        data = yaml.safe_load(text)  # JSON is YAML; safe: it makes plain values only
     except OSError as e:
         return {}, [f"--config {path}: {e.strerror}"]
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # a date that does not exist, a million brackets
         return {}, [f"--config {path} is not YAML: {' '.join(str(e).split())}"]
     if isinstance(data, dict) and isinstance(data.get("arguments"), dict):
         data = data["arguments"]
@@ -172,6 +176,9 @@ def read_config(path, parameters):
     for name, value in data.items():
         if name not in parameters:
             problems.append(f"--config {path}: unknown flag {name}{_nearest(str(name), parameters)}")
+            continue
+        if isinstance(value, dict) or isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+            problems.append(f"--config {path}: {name} holds lists or mappings within; flags are plain values, or lists of them")
             continue
         if isinstance(value, list):
             value = ",".join(map(str, value))

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
+
+
+_LIMITS = {"n_layers": 1 << 10, "n_experts": 1 << 10, "n_heads": 1 << 12, "n_kv_heads": 1 << 12, "max_seq_len": 1 << 40}    # else 2 ** 24
+_KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict": dict, "None": type(None)}
+
+
+def _fits(value, kind: str) -> bool:
+    """bool is an int to Python, not here; infinity and NaN are no numbers."""
+    if kind in ("int", "float") and (isinstance(value, bool) or isinstance(value, float) and not math.isfinite(value)):
+        return False
+    return isinstance(value, _KINDS[kind])
 
 
 @dataclass(frozen=True)
@@ -41,10 +53,13 @@ class ModelConfig:
     embedding_cut: str = "vocab"          # how consolidated.NN.pth cuts tok_embeddings: "hidden" (LLaMA-1/2, Mistral) or "vocab"
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not any(_fits(value, kind) for kind in field.type.split(" | ")):
+                raise ValueError(f"model config: {field.name} must be {field.type}, not {value!r:.80}")
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size", "max_seq_len"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"model config: {name} must be a positive whole number, not {value!r}")
+            if not 1 <= getattr(self, name) <= _LIMITS.get(name, 1 << 24):
+                raise ValueError(f"model config: {name} must be a positive whole number up to {_LIMITS.get(name, 1 << 24)}, not {getattr(self, name)}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"model config: n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         for name, known in (("positions", ("rotary", "alibi")), ("norm", ("rms", "layer")), ("mlp", ("swiglu", "gelu"))):
@@ -52,8 +67,9 @@ class ModelConfig:
                 raise ValueError(f"model config: {name}={getattr(self, name)!r} is none of {', '.join(known)}")
         if self.positions == "alibi" and self.sliding_window is not None:
             raise ValueError("model config: a sliding window together with ALiBi positions is not supported")
-        if self.n_experts and not 0 < self.n_active_experts <= self.n_experts:
-            raise ValueError(f"model config: n_active_experts={self.n_active_experts} must be 1 to n_experts={self.n_experts}")
+        if self.n_experts and not 0 < self.n_active_experts <= self.n_experts <= _LIMITS["n_experts"]:
+            raise ValueError(f"model config: n_active_experts={self.n_active_experts} must be 1 to n_experts={self.n_experts}, "
+                             f"and that at most {_LIMITS['n_experts']}")
         if self.n_experts and (self.mlp != "swiglu" or self.linear_bias):
             raise ValueError("model config: experts are SwiGLU without biases; other kinds are not supported")
         if self.head_dim % 2 and self.positions == "rotary":
@@ -72,6 +88,8 @@ class ModelConfig:
                 raise ValueError(f"model config: rope_scaling type {kind!r} is not supported (known: llama3, linear)")
             if missing := needed - self.rope_scaling.keys():
                 raise ValueError(f"model config: rope_scaling {kind!r} lacks {sorted(missing)}")
+            if wrong := sorted(key for key in needed if not _fits(self.rope_scaling[key], "float") or self.rope_scaling[key] <= 0):
+                raise ValueError(f"model config: rope_scaling {wrong[0]}={self.rope_scaling[wrong[0]]!r:.80} is not a positive number")
 
     @property
     def n_parameters(self) -> int:

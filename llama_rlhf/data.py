@@ -29,49 +29,103 @@ SCHEMAS = (("instruction", "output"), ("query", "response"), ("question", "answe
 
 
 class Records(list):
-    """A list of dicts that remembers its file, for messages about one of them."""
+    """A list of dicts that remembers its file and the line each begins in, for messages about one of them."""
 
-    def __init__(self, rows, file):
+    def __init__(self, rows, file, lines=()):
         super().__init__(rows)
-        self.file = str(file)
+        self.file, self.lines = str(file), list(lines)
+
+
+def place_of(records, number):
+    """"train.json, line 33, record 17", as far as it is known."""
+    lines = getattr(records, "lines", ())
+    line = f", line {lines[number - 1]}" if number <= len(lines) else ""
+    return f"{getattr(records, 'file', 'records')}{line}, record {number}"
 
 
 def read_records(file):
     """The records of a json list, or of a file with one json object per line. ValueError says which one is wrong."""
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"data file {str(file)!r} does not exist") from None
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{file} is not UTF-8 text: {e}") from e
-    if not text.strip():
-        raise ValueError(f"{file} is empty")
-    if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{file}, line {e.lineno}, column {e.colno}: not valid json ({e.msg})") from e
-    else:
-        rows = _read_lines(file, text)
-    if not rows:
-        raise ValueError(f"{file} holds no records")
-    for number, row in enumerate(rows, 1):
+    if not Path(file).exists():
+        raise FileNotFoundError(f"data file {str(file)!r} does not exist")
+    records = Records([], file)
+    for _, line, row in stream_json(file):
+        records.lines.append(line)
+        records.append(row)
         if not isinstance(row, dict):
-            raise ValueError(f"{file}, record {number}: expected an object {{...}}, found {_type_name(row)}")
-    return Records(rows, file)
+            raise ValueError(f"{place_of(records, len(records))}: expected an object {{...}}, found {_type_name(row)}")
+    if not records:
+        raise ValueError(f"{file} holds no records")
+    return records
 
 
-def _read_lines(file, text):
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): it also cuts at U+2028 inside strings
-        if not line.strip():
-            continue
+_DECODER = json.JSONDecoder()
+_SPACE = re.compile(r"[ \t\r\n]*")
+_BLOCK = 1 << 16  # characters
+
+
+def stream_json(file):
+    """(number, line, value) of each record of a json list, or of a file with one json value per line, one by one.
+
+    number counts the records of a list, and the lines of lines. ValueError names line and column of a fault.
+    """
+    with open(file, encoding="utf-8-sig") as stream:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as e:
-            message = f"{file}, line {number}, column {e.colno}: not valid json ({e.msg})."
-            raise ValueError(f"{message} Expected a json list, or one object per line") from e
-    return rows
+            line, head = 1, stream.read(1)
+            while head and head in " \t\r\n":
+                line, head = line + (head == "\n"), stream.read(1)
+            if not head:
+                raise ValueError(f"{file} is empty: no records")
+            if head == "[":
+                yield from _stream_list(file, stream, line)
+                return
+            lines = enumerate(stream, line)  # the file's lines, not those of splitlines(): it also cuts at U+2028 inside strings
+            number, text = next(lines, (line, ""))
+            while text is not None:
+                if (head + text).strip():
+                    yield number, number, _decoded(file, (head + text).rstrip("\n"), number)
+                head, (number, text) = "", next(lines, (0, None))
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{file} is not UTF-8 text: {e}. Re-encode it as UTF-8") from e
+
+
+def _decoded(file, text, line):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{file}, line {line}, column {e.colno}: not valid json ({e.msg}). Expected a json list, or one object per line") from e
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{file}, line {line}: {e}") from e
+
+
+def _stream_list(file, stream, line):
+    """What follows the "[": records are decoded from a window of the text, which grows while it ends inside one."""
+    text, at, block, number, ended = "", 0, _BLOCK, 0, False
+    while True:
+        start, fault = _SPACE.match(text, at).end(), "expected , or ]"
+        if text[start : start + 1] == "]":
+            if rest := (text[start + 1 :] + stream.read()).strip(" \t\r\n"):
+                raise ValueError(f"{file}, line {line + text.count(chr(10), at, start)}: more text after the end of the list: {rest[:20]!r}")
+            return
+        if number == 0 or text[start : start + 1] == ",":
+            start = _SPACE.match(text, start + (number > 0)).end()
+            try:
+                value, stop = _DECODER.raw_decode(text, start)
+                after = _SPACE.match(text, stop).end()
+                if text[after : after + 1] in (",", "]"):  # else it may go on: "1" is the begin of "1.5"
+                    line += text.count("\n", at, start)
+                    yield (number := number + 1), line, value
+                    line, at, block = line + text.count("\n", start, stop), stop, _BLOCK
+                    continue
+                start = after
+            except json.JSONDecodeError as e:
+                start, fault = e.pos, e.msg
+            except (ValueError, RecursionError) as e:
+                raise ValueError(f"{file}, line {line + text.count(chr(10), at, start)}, record {number + 1}: {e}") from e
+        if ended:
+            line, column = line + text.count("\n", at, start), start - text.rfind("\n", 0, start)
+            raise ValueError(f"{file}, line {line}, column {column}: not valid json ({fault})")
+        more = stream.read(block)
+        text, at, block, ended = text[at:] + more, 0, 2 * block, not more
 
 
 def text_field(record, name, where, *, expected=None):
@@ -197,10 +251,9 @@ def sft_examples(
     too. Too long rows lose the end of the answer (and with it the eos), never a part of the prompt.
     """
     report = DataReport() if report is None else report
-    file = getattr(records, "file", "records")
     examples = []
     for number, record in enumerate(records, 1):
-        where = f"{file}, record {number}"
+        where = place_of(records, number)
         prompt, answers = prompt_of(record, where), answers_of(record, where)
         try:
             prompt_ids = encode_prompt(
@@ -286,12 +339,11 @@ def judged_problems(records, *, seed=0):
     The kind is a key of JUDGED. The first record's fields tell it and the others must follow. Of "solutions", which are
     all right, one wrong twin each is made by `corrupt_numbers`; a solution without a number in it gets none.
     """
-    file = getattr(records, "file", "records")
-    kind = _judged_kind(records[0], f"{file}, record 1")
+    kind = _judged_kind(records[0], place_of(records, 1))
     add = {"pairs": _add_pairs, "ranking": _add_ranking, "labels": _add_labelled, "solutions": _add_solutions}[kind]
     problems = {}
     for number, record in enumerate(records, 1):
-        where = f"{file}, record {number}"
+        where = place_of(records, number)
         if _judged_kind(record, where) != kind:
             raise ValueError(f"{where}: expected {JUDGED[kind]} as in record 1 (keys: {', '.join(map(str, record))})")
         prompt = prompt_of(record, where)

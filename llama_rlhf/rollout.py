@@ -12,12 +12,12 @@ import importlib.util
 import inspect
 import math
 import os
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
 import torch
 
+from llama_rlhf.checkpoint.formats import check_torch_zip
 from llama_rlhf.data import pack
 from llama_rlhf.generation import Statistics, generate
 from llama_rlhf.models.transformer import ValueModel
@@ -140,10 +140,12 @@ class Rollout:
     def load(cls, path: str) -> "Rollout":
         """ValueError when the file is not one of `save`."""
         try:
-            stored = torch.load(path, weights_only=True)
-            return cls(**stored)
-        except (pickle.UnpicklingError, TypeError, RuntimeError, EOFError, KeyError) as error:
-            raise ValueError(f"{path} is not a rollout of this version ({str(error).splitlines()[0]}). "
+            check_torch_zip(path, whole=True)
+            return cls(**torch.load(path, weights_only=True))
+        except FileNotFoundError:
+            raise
+        except Exception as error:      # noqa: BLE001  an unpickler raises nearly anything
+            raise ValueError(f"{path} is not a rollout of this version ({(str(error).splitlines() or [type(error).__name__])[0]}). "
                              "Give a rollout-N.pt that ppo_train.py --save_rollouts wrote.") from error
 
 

@@ -12,16 +12,18 @@ Three rules hold for every kind:
   one (Qwen, SmolLM2, BLOOM), even if some file names a BOS token.
 * `eos_ids` are all tokens that end generation; the first is the one appended to answers in training.
 
-Nothing here runs code from a checkpoint folder: chat templates are rendered in a sandbox.
+Nothing here runs code from a checkpoint folder; chat templates, programs too, are rendered in a sandbox of their own.
 """
 
 import base64
-import datetime
 import json
 import re
 import secrets
 import tempfile
 from pathlib import Path
+
+from llama_rlhf import chat_templates
+from llama_rlhf.untrusted import read_json, reading
 
 FOLDER_FILES = (
     "tokenizer.bytes.json",
@@ -31,7 +33,9 @@ FOLDER_FILES = (
     "tokenizer.model.v1",
     "qwen.tiktoken",
 )
-MAX_FILE_BYTES = 200 << 20  # the largest real one, a tokenizer.json of 256k tokens, has about 35 MB
+MAX_TEMPLATE = 1 << 17  # characters
+MAX_NAME, MAX_RANKED_BYTES = 200, 1000  # of a control token's name; of a token in a tiktoken file: all its parts are looked up
+MAX_FILE_BYTES = 64 << 20  # the largest real one, a tokenizer.json of 256k tokens, has about 35 MB
 
 
 class Tokenizer:
@@ -43,6 +47,9 @@ class Tokenizer:
 
     def __init__(self, kind, plain_size, special_ids, settings, *, starts_with_bos, eos_names=()):
         """plain_size: ids from here on stand for text only where special_ids names them."""
+        longest = max(special_ids, key=len, default="")
+        if len(longest) > MAX_NAME:
+            raise ValueError(f"the name of a control token has {len(longest)} characters, more than {MAX_NAME}: {longest[:40]!r}...")
         self.kind = kind
         self.vocab_size = max(plain_size, *(id + 1 for id in special_ids.values()), 0)
         self._plain_size = plain_size
@@ -53,7 +60,7 @@ class Tokenizer:
         self._special_heads = tuple({name[:n] for name in special_ids for n in range(1, len(name))})
         self._special_tails = tuple({name[n:] for name in special_ids for n in range(1, len(name))})
         self._settings = settings
-        self.set_chat_template(settings.chat_template)
+        self.chat_template = settings.chat_template
 
         add_bos = starts_with_bos if settings.add_bos is None else settings.add_bos
         self.bos_id = special_ids.get(settings.names.get("bos_token")) if add_bos else None
@@ -109,9 +116,6 @@ class Tokenizer:
 
     # -- chat --
 
-    def set_chat_template(self, template):
-        self.chat_template, self._compiled_template = template, None
-
     def chat(self, messages, *, add_generation_prompt=True):
         """Token ids of a conversation, messages = [{"role": ..., "content": ...}, ...], by the chat template.
 
@@ -125,7 +129,9 @@ class Tokenizer:
                 f"chat_format ({', '.join(CHAT_FORMATS)})"
             )
         everything = json.dumps(messages, ensure_ascii=False) + self.chat_template
-        guard = next(c for c in map(chr, range(0xE000, 0xF900)) if c not in everything)  # a private-use character
+        guard = next((c for c in map(chr, range(0xE000, 0xF900)) if c not in everything), None)  # a private-use character
+        if guard is None:
+            raise ValueError("messages and chat template use every one of Unicode's private characters; one is needed here")
         rendered = self._render(self._guarded(messages, guard), add_generation_prompt)
         parts = [part if isinstance(part, int) else part.replace(guard, "") for part in self._split(rendered)]
         ids = self._encode_parts([part for part in parts if part != ""])
@@ -151,20 +157,9 @@ class Tokenizer:
         return value[:start] + head + core + tail + value[end:]
 
     def _render(self, messages, add_generation_prompt):
-        import jinja2
-
-        if self._compiled_template is None:
-            try:
-                self._compiled_template = _chat_environment().from_string(self.chat_template)
-            except jinja2.TemplateError as e:
-                raise ValueError(f"the chat template of this tokenizer is not valid jinja: {e}") from e
         names = {"bos_token": "", "eos_token": "", **self._settings.names}
-        try:
-            return self._compiled_template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None, **names
-            )
-        except jinja2.TemplateError as e:
-            raise ValueError(f"the chat template refuses these messages: {e}") from e
+        return chat_templates.render(self.chat_template, messages=messages, add_generation_prompt=add_generation_prompt,
+                                     tools=None, documents=None, **names)  # fmt: skip
 
 
 def _merge_eos(own, generation):
@@ -174,34 +169,6 @@ def _merge_eos(own, generation):
         first = [id for id in own if id in generation][:1]
         return tuple(dict.fromkeys(first + generation))
     return tuple(dict.fromkeys(own + ([] if generation is None else [generation])))
-
-
-def _chat_environment():
-    """Jinja as chat templates expect it. The sandbox keeps a template from a checkpoint away from Python."""
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}...{% endgeneration %}` marks assistant text in some templates; here it is only text."""
-
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    def raise_exception(message):
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
 
 
 # -- kinds ------------------------------------------------------------------------------------------------------
@@ -334,11 +301,13 @@ class JsonTokenizer(Tokenizer):
         return "".join(part if isinstance(part, str) else f"{self._secret}.{part}." for part in parts)
 
     def _encode_parts(self, parts):
-        return self._rust.encode(self._text_of(parts), add_special_tokens=False).ids
+        with reading("tokenizer.json", "cannot encode this text with it"):  # a splitting rule that never ends is given up
+            return self._rust.encode(self._text_of(parts), add_special_tokens=False).ids
 
     def encode_batch(self, texts, *, bos=False, eos=False, special=False):
         texts = [self._text_of(self._split(text)) if special else text for text in texts]
-        encoded = self._rust.encode_batch(texts, add_special_tokens=False)
+        with reading("tokenizer.json", "cannot encode these texts with it"):
+            encoded = self._rust.encode_batch(texts, add_special_tokens=False)
         return [self._framed(item.ids, bos, eos) for item in encoded]
 
     def _decode_text(self, ids):
@@ -411,6 +380,8 @@ def _read_ranks(file):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
+            if len(token) > MAX_RANKED_BYTES:
+                raise ValueError
         except ValueError as e:
             raise ValueError(f"{file}, line {n}: expected a base64 token and its rank") from e
     if sorted(ranks.values()) != list(range(len(ranks))):
@@ -530,18 +501,30 @@ class _Settings:
             name = named.get(kind)
             name = name.get("content") if isinstance(name, dict) else name
             if name:  # some early LLaMA conversions have empty strings here
-                self.names[kind] = name
-        self.add_bos = config.get("add_bos_token")
+                self.names[kind] = _expected(kind, name, str)
+        self.add_bos = _expected("add_bos_token", config.get("add_bos_token"), bool, type(None))
         self.added = {t["content"]: int(id) for id, t in config.get("added_tokens_decoder", {}).items()}
         self.added.update(_read_json(folder / "added_tokens.json"))
-        self.generation_eos = _read_json(folder / "generation_config.json").get("eos_token_id")
+        eos = _read_json(folder / "generation_config.json").get("eos_token_id")
+        self.generation_eos = [_expected("eos_token_id", id, int) for id in eos] if isinstance(eos, list) else \
+            _expected("eos_token_id", eos, int, type(None))  # fmt: skip
         template = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
         if (folder / "chat_template.jinja").is_file():
-            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+            with open(folder / "chat_template.jinja", encoding="utf-8") as f:
+                template = f.read(MAX_TEMPLATE + 1)
         if isinstance(template, list):  # [{"name": ..., "template": ...}, ...]
             template = {item["name"]: item["template"] for item in template}
         self.templates = template if isinstance(template, dict) else {"default": template} if template else {}
+        for template in self.templates.values():
+            if len(_expected("chat_template", template, str)) > MAX_TEMPLATE:
+                raise ValueError(f"a chat template of more than {MAX_TEMPLATE} characters")
         self.chat_template = self.templates.get("default")
+
+
+def _expected(name, value, *kinds):
+    if type(value) not in kinds:
+        raise ValueError(f"{name} is {value!r:.80}")
+    return value
 
 
 def load_tokenizer(path, *, chat_format=None):
@@ -561,7 +544,8 @@ def load_tokenizer(path, *, chat_format=None):
     file = _find(Path(path))
     if file.stat().st_size > MAX_FILE_BYTES:
         raise ValueError(f"{file} has {file.stat().st_size >> 20} MB: too large for a tokenizer")
-    settings = _Settings(file.parent)
+    with reading(file.parent, "its tokenizer_config.json, or another json file there, is not what it should be"):
+        settings = _Settings(file.parent)
     builtin = None
     if chat_format in settings.templates:
         settings.chat_template = settings.templates[chat_format]
@@ -571,7 +555,8 @@ def load_tokenizer(path, *, chat_format=None):
     elif chat_format is not None:
         known = ", ".join([*CHAT_FORMATS, *settings.templates])
         raise ValueError(f"unknown chat_format={chat_format!r}; known here: {known}")
-    tokenizer = _load_file(file, settings)
+    with reading(file, "damaged or not supported"):
+        tokenizer = _load_file(file, settings)
     if builtin:
         lacking = [name for name in builtin["needs"] if name not in tokenizer.special_ids]
         if lacking:
@@ -623,20 +608,9 @@ def _load_file(file, settings):
         return BytesTokenizer(spec, settings)
     if not isinstance(spec.get("model"), dict) or "vocab" not in spec["model"]:
         raise ValueError(f"{file}: expected a tokenizer.json (with model.vocab) or {{\"kind\": \"bytes\"}}")
-    try:
-        return JsonTokenizer(spec, settings)
-    except Exception as e:  # the library raises bare Exception
-        raise ValueError(f"{file} is damaged or not supported: {e}") from e
+    return JsonTokenizer(spec, settings)
 
 
 def _read_json(file):
     """The object in a json file; {} if there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{file} is not valid json: {e}") from e
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected an object {{...}}, found {type(content).__name__}")
-    return content
+    return read_json(file, MAX_FILE_BYTES) if file.is_file() else {}

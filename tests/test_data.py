@@ -49,7 +49,7 @@ def test_json_list_and_json_lines_read_alike(tmp_path):
         (b"[]", "holds no records"),
         (b'[{"a": 1},\n {"a": }]', "data.json, line 2, column 8: not valid json"),
         (b'{"a": 1}\n\n{"a": \n', "data.json, line 3, column 7: not valid json.*one object per line"),
-        (b'[{"a": 1}, 7]', r"data.json, record 2: expected an object {...}, found a number"),
+        (b'[{"a": 1}, 7]', r"data.json, line 1, record 2: expected an object {...}, found a number"),
         (b'"text"', "record 1: expected an object {...}, found a string"),
         (b"\xff\xfe", "not UTF-8"),
     ],
@@ -87,7 +87,7 @@ def test_missing_file_is_named(tmp_path):
 )
 def test_wrong_record_names_file_number_field_and_keys(tmp_path, tokenizer, record, message):
     (tmp_path / "train.json").write_text(json.dumps([{"instruction": "a", "output": "b"}, record]))
-    with pytest.raises(ValueError, match="train.json, " + message):
+    with pytest.raises(ValueError, match="train.json, line 1, " + message):
         sft_examples(read_records(tmp_path / "train.json"), tokenizer, max_seq_len=99)
 
 

@@ -250,10 +250,10 @@ def test_members_that_overlap_or_outgrow_the_file_are_refused(tmp_path):
         open_file(bad)
 
 
-def test_an_enormous_pickle_is_refused_before_it_is_read(tmp_path, monkeypatch):
-    path = sample(tmp_path, ".pth")
-    monkeypatch.setattr(formats, "MAX_PICKLE_BYTES", 100)
-    with pytest.raises(CheckpointError, match=r"data\.pkl has \d+ bytes, more than 100"):
+def test_an_enormous_pickle_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save({"a": torch.ones(1), "b": [[]] * 600_000}, path)
+    with pytest.raises(CheckpointError, match=r"data\.pkl has \d+ bytes, more than"):
         open_file(path)
 
 
@@ -278,6 +278,42 @@ def test_a_tensor_that_claims_more_elements_than_are_stored_is_refused(tmp_path)
     torch.save({"a": torch.ones(1).expand(1 << 20, 1 << 20)}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match="claims more elements"):
         open_file(tmp_path / "x.pth")
+
+
+def test_a_changed_tensor_of_a_pth_file_shows_in_its_checksum(tmp_path):
+    path = sample(tmp_path, ".pth")
+    with open_file(path) as file:
+        file.check()
+    data = bytearray(path.read_bytes())
+    at = data.index(torch.arange(32.0).numpy().tobytes())
+    data[at + 8] ^= 1
+    path.write_bytes(data)
+    with open_file(path) as file:
+        file.check(1, 2)  # the record is in the half of another process, or in this one's
+        with pytest.raises(CheckpointError, match=r"damaged in sample/data/0"):
+            file.check(0, 2)
+
+
+def test_a_file_saved_without_checksums_still_loads(tmp_path):
+    compute = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = sample(tmp_path, ".pth")
+    finally:
+        torch.serialization.set_crc32_options(compute)
+    with open_file(path) as file:
+        file.check()
+        assert file.read("b").tolist() == list(range(8))
+
+
+def test_large_plain_pickles_pass_the_scan_and_their_objects_are_counted(tmp_path):
+    state = {f"layers.{i}.weight": torch.ones(1) for i in range(3000)}
+    torch.save({**state, "betas": (0.9, 0.95), "rng": (3, tuple(range(625)), None)}, tmp_path / "x.pth")
+    assert len(open_file(tmp_path / "x.pth").infos) == 3000
+    pair = tuple(range(40))
+    torch.save({"a": torch.ones(1), "b": ((pair,) * 40,) * 2}, tmp_path / "y.pth")  # 3200 numbers, however few are stored
+    with pytest.raises(CheckpointError, match="nests more than 2000 objects"):
+        open_file(tmp_path / "y.pth")
 
 
 # ---- folders -------------------------------------------------------------------------------------------------------
@@ -441,7 +477,7 @@ def test_an_index_must_agree_with_its_files(tmp_path):
         open_checkpoint(tmp_path)
 
 
-def test_bad_json_names_its_file(tmp_path, monkeypatch):
+def test_bad_json_names_its_file(tmp_path):
     hf_folder(tmp_path)
     for name in ("config.json", "generation_config.json", "model.safetensors.index.json"):
         good = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else b"{}"
@@ -451,9 +487,10 @@ def test_bad_json_names_its_file(tmp_path, monkeypatch):
                 open_checkpoint(tmp_path)
         (tmp_path / name).write_bytes(good)
     assert set(open_checkpoint(tmp_path).infos) == {"a", "b"}
-    monkeypatch.setattr(formats, "MAX_JSON_BYTES", 10)
-    with pytest.raises(CheckpointError, match="more than 10"):
-        open_checkpoint(tmp_path)
+    for content, message in ((b"{" + b" " * (16 << 20) + b"}", "bytes of json, more than"), (b'{"a": [' + b"[]," * 1_500_000 + b"0]}", "lists")):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(tmp_path)
 
 
 # ---- GGUF ----------------------------------------------------------------------------------------------------------

@@ -261,8 +261,8 @@ def test_label_field_may_replace_the_last_line_but_not_contradict_it(tmp_path):
             'record 2: missing "instruction" (keys: answer)',
         ),
         ('{"question": "a"}', 'record 1: missing "answer" (keys: question)'),
-        ('[\n{"instruction": "a",\n "output" "#### 1"}]', "line 3, column 11: not valid JSON"),
-        ('{"question": "a", "answer": "#### 1"}\n{oops}', "line 2, column 2: not valid JSON"),
+        ('[\n{"instruction": "a",\n "output" "#### 1"}]', "line 3, column 11: not valid json"),
+        ('{"question": "a", "answer": "#### 1"}\n{oops}', "line 2, column 2: not valid json"),
         ('["a"]', "record 1: expected an object"),
         ('[{"instruction": 5, "output": "#### 1"}]', 'record 1: "instruction" must be text, got \'5\''),
         ('[{"instruction": " ", "output": "#### 1"}]', 'record 1: "instruction" is empty'),
@@ -291,7 +291,7 @@ def test_byte_order_mark_is_no_part_of_the_text(tmp_path):
 def test_file_in_another_encoding_is_refused_by_name(tmp_path):
     file = tmp_path / "latin.json"
     file.write_bytes('[{"instruction": "caf\xe9", "output": "#### 1"}]'.encode("latin-1"))
-    with pytest.raises(ValueError, match="latin.json: not UTF-8"):
+    with pytest.raises(ValueError, match="latin.json is not UTF-8"):
         gsm8k.load(file)
 
 

@@ -536,7 +536,7 @@ def test_wrong_inputs_are_one_sentence(toy, split, tmp_path):  # noqa: F811
     bad = tmp_path / "bad.json"
     bad.write_text(json.dumps([{"instruction": "a", "chosen": "b", "rejected": "c"}, {"instruction": "a", "chosen": "b"}]))
     line = train(train_file=bad)
-    assert "bad.json, record 2" in line and '"rejected"' in line
+    assert "bad.json, line 1, record 2" in line and '"rejected"' in line
     bad.write_text(json.dumps([{"instruction": "a", "chosen": "b", "rejected": "b"}]))
     assert "nothing is left to learn from" in train(train_file=bad)
     assert "--max_seq_len 97 is more than the model's 96" in train(max_seq_len=97)

@@ -62,6 +62,7 @@ class PeftAdapter:
         if not names:
             raise FileNotFoundError(f"{folder}: holds no adapter_model.safetensors")
         self._file = open_file(os.path.join(folder, names[0]))
+        self._file.check()
         self._sources: dict[str, Source] = {}       # native adapter tensor -> where it lies
 
     def check(self, wanted: dict[str, Piece]) -> None:

@@ -5,6 +5,9 @@ Foreign layouts end here. Nothing is guessed: a tensor that is missing, left ove
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -47,6 +50,8 @@ def read_manifest(folder: str) -> dict | None:
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {manifest.get('format')!r}; this version reads {FORMAT!r}")
+    if not intact(manifest):
+        raise CheckpointError(f"{path} is corrupt: it does not have the SHA-256 that it states. Copy the checkpoint again, or use another.")
     if not isinstance(manifest.get("files"), dict) or not isinstance(manifest.get("config"), dict):
         raise CheckpointError(f"{path}: lacks 'files' or 'config'; it is damaged, use another checkpoint")
     for name, entry in manifest["files"].items():
@@ -60,12 +65,35 @@ def read_manifest(folder: str) -> dict | None:
     return manifest
 
 
+def seal(manifest: dict) -> str:
+    """The SHA-256 of everything in a manifest but its entry "sha256", which states it."""
+    rest = json.loads(json.dumps({key: value for key, value in manifest.items() if key != "sha256"}))
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def intact(manifest: dict) -> bool:
+    """Whether a manifest is as it was written; those of earlier versions do not say."""
+    return "sha256" not in manifest or manifest["sha256"] == seal(manifest)
+
+
 def load_config(checkpoint: Checkpoint, model_type: str = "") -> tuple[ModelConfig, list[str]]:
     """The model's config, from its manifest, config.json, params.json, GGUF header or, failing those, the preset.
 
     Returns it with notes for the user: where --model_type disagrees with the checkpoint (whose own numbers win).
     """
     named = preset(model_type) if model_type else None
+    where = checkpoint.config_file or checkpoint.path
+    try:
+        return _load_config(checkpoint, model_type, named)
+    except (CheckpointError, FileNotFoundError):
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    except Exception as error:      # a number where a list belongs, ...
+        raise CheckpointError(f"{where}: not the config of a model ({type(error).__name__}: {str(error)[:200]})") from error
+
+
+def _load_config(checkpoint, model_type, named):
     manifest = read_manifest(checkpoint.folder) if checkpoint.kind == "shards" else None
     if manifest:
         config = ModelConfig.from_dict(manifest["config"])
@@ -85,6 +113,12 @@ def load_config(checkpoint: Checkpoint, model_type: str = "") -> tuple[ModelConf
     else:
         raise CheckpointError(f"{checkpoint.path}: no config.json or params.json beside the weights. "
                               "Put one there, or name the model with --model_type.")
+    if config.family not in FAMILIES:
+        raise CheckpointError(f"{checkpoint.path}: its manifest names the family {config.family!r:.80}; known: {', '.join(FAMILIES)}")
+    held = sum(math.prod(info.shape) for file in checkpoint.files for info in file.infos.values())
+    if config.n_parameters > 2 * held:      # twice: a value model is saved without a head. Said before a model of a billion layers is laid out
+        raise CheckpointError(f"{checkpoint.path}: the config asks for {config.n_parameters} parameters, the files hold {held}. "
+                              "A file is missing, or the config is another model's.")
     notes = []
     if named and (differing := disagreements(config, named)):
         notes.append(f"--model_type {model_type} differs from the checkpoint, whose own numbers are used: " + "; ".join(differing))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +10,7 @@ import torch
 
 from llama_rlhf.checkpoint import store
 from llama_rlhf.checkpoint.convert import interleaved_to_half
-from llama_rlhf.checkpoint.formats import CheckpointError, TensorInfo
+from llama_rlhf.checkpoint.formats import CheckpointError, TensorInfo, read_json
 from llama_rlhf.checkpoint.gguf_tokenizer import write_fast_tokenizer
 from llama_rlhf.checkpoint.shards import COMPANIONS, Rewrite, check_new_folder, copy_companions
 from llama_rlhf.checkpoint.writer import SafetensorsWriter
@@ -202,8 +201,7 @@ def _special_ids(folder: str) -> dict:
     from llama_rlhf.tokenizer import load_tokenizer
     path = os.path.join(folder, "generation_config.json")
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
+        values = read_json(path)
         return {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if values.get(key) is not None}
     try:
         tokenizer = load_tokenizer(folder)

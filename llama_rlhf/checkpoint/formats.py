@@ -12,21 +12,28 @@ with a file comes out as CheckpointError, whose text names the file, what is wro
 """
 
 import difflib
+import functools
 import json
 import math
 import mmap
 import os
+import pickletools
 import re
 import struct
 import zipfile
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-MAX_JSON_BYTES = 64 << 20
-MAX_PICKLE_BYTES = 64 << 20  # data.pkl holds names and shapes only: a few hundred bytes per tensor
+from llama_rlhf import untrusted
+
+# Tables of contents. Real ones: a few hundred bytes per tensor, and in GGUF a vocabulary of up to 262,000 tokens
+MAX_HEADER_BYTES = 16 << 20  # safetensors
+MAX_PICKLE_BYTES, PICKLE_BYTES_PER_RECORD = 1 << 19, 1 << 10  # data.pkl: so much, and so much more for each record
+MAX_PICKLED_TUPLE = 2000  # objects in a tuple, counted wherever they are reached: a tuple may be a key, which is hashed
+MAX_GGUF_HEADER_BYTES, MAX_GGUF_ITEMS, MAX_GGUF_ENTRIES = 64 << 20, 1 << 22, 1 << 16
+MAX_NAME = 500  # characters of a tensor's name
 TENSOR_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".gguf")
 TRAINER_FILES = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.(bin|pt|pth)")
 
@@ -41,16 +48,8 @@ class TensorInfo:
     dtype: torch.dtype
 
 
-@contextmanager
-def _reading(path, what="cannot be read"):
-    """Turn whatever a parser raises on bad input into a CheckpointError of one sentence."""
-    try:
-        yield
-    except (CheckpointError, FileNotFoundError):
-        raise
-    except Exception as error:  # parsers raise nearly anything on crafted input: ValueError, OSError, struct.error, ...
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise CheckpointError(f"{path}: {what} ({type(error).__name__}: {reason})") from error
+_reading = functools.partial(untrusted.reading, error_class=CheckpointError)
+read_json = functools.partial(untrusted.read_json, error_class=CheckpointError)
 
 
 # ---- one file ------------------------------------------------------------------------------------------------------
@@ -86,6 +85,12 @@ class TensorFile:
             dim = None
         with _reading(self.path, f"cannot read {name}"):
             return self._slice(name, dim, start, stop).contiguous()
+
+    def check(self, part=0, parts=1):
+        """Compare the data with the file's own checksums, where its kind has some (.pth, .pt, .bin); reads all of it.
+
+        part, parts: only every parts-th record from `part` on, so that several processes share the work.
+        """
 
     def close(self):
         """Drop the file. Tensors already read stay valid."""
@@ -130,7 +135,11 @@ def open_file(path) -> TensorFile:
         raise CheckpointError(f"{path}: the file is empty; download or save it again")
     if head.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path}: a Git LFS pointer, not the data; run 'git lfs pull' in its folder")
-    file = READERS[suffix](path)
+    with _reading(path):
+        file = READERS[suffix](path)
+    for name in file.infos:  # names are shown in messages: no control sequences for the terminal, no novels
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise CheckpointError(f"{path}: {name[:50]!r} is not a name for a tensor; this is no file of model weights")
     if not file.infos:
         skipped = f" (it holds: {', '.join(file.skipped[:5])})" if file.skipped else ""
         raise CheckpointError(f"{path}: holds no tensors{skipped}; give a checkpoint of model weights")
@@ -143,13 +152,27 @@ class _SafetensorsFile(TensorFile):
         from safetensors import safe_open
 
         with _reading(path, "not a valid safetensors file, or cut short; download it again"):
+            with open(path, "rb") as stream:
+                header_bytes = int.from_bytes(stream.read(8), "little")
+                if header_bytes > MAX_HEADER_BYTES:
+                    raise CheckpointError(f"{path}: a header of {header_bytes} bytes, more than {MAX_HEADER_BYTES}: damaged, "
+                                          "or not a file of model weights; download it again")  # fmt: skip
+                header = stream.read(header_bytes)
             self._file = safe_open(path, framework="pt", device="cpu")
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}
+            json.loads(header, object_pairs_hook=self._without_duplicates)  # the reader takes the last of equal keys
         for name, piece in slices.items():
             dtype = SAFETENSORS_DTYPES.get(piece.get_dtype())
             if dtype is None:
                 raise CheckpointError(f"{path}: {name} has dtype {piece.get_dtype()}, which cannot be read")
             self.infos[name] = TensorInfo(tuple(piece.get_shape()), dtype)
+
+    def _without_duplicates(self, pairs):
+        if len(result := dict(pairs)) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CheckpointError(f"{self.path}: its header has {twice[:MAX_NAME]!r} twice; download it again")
+        return result
 
     def _slice(self, name, dim, start, stop):
         if dim is None:
@@ -218,6 +241,11 @@ class _TorchFile(TensorFile):
         self.skipped += [f"{key} ({type(value).__name__})" for key, value in loaded.items() if key != nested[0]]
         return loaded[nested[0]]
 
+    def check(self, part=0, parts=1):
+        with zipfile.ZipFile(self.path) as archive:
+            for member in archive.infolist()[part::parts]:
+                _check_crc(self.path, archive, member)
+
     def _slice(self, name, dim, start, stop):
         tensor = self._tensors[name]
         return tensor if dim is None else tensor.narrow(dim, start, stop - start)
@@ -226,11 +254,13 @@ class _TorchFile(TensorFile):
         self._tensors = {}
 
 
-def check_torch_zip(path):
+def check_torch_zip(path, whole=False):
     """Refuse a file that is not exactly what torch.save writes, before torch's own reader sees it.
 
     torch.load accepts compressed members (a small file that expands to gigabytes) and picks one of several archive
     roots (what a scanner saw need not be what is loaded); its message for a truncated file says nothing.
+
+    whole: compare every record with its checksum, and let data.pkl hold more than names and shapes, as that of a rollout.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as stream:
@@ -240,9 +270,7 @@ def check_torch_zip(path):
             f"{path}: not a torch zip file. If it is a legacy file (torch < 1.6), load it where you trust it and "
             "torch.save it again; otherwise download it again"
         )
-    with _reading(path, f"cut short or damaged ({size} bytes); download or copy it again"):
-        archive = zipfile.ZipFile(path)
-    with archive:
+    with _reading(path, f"cut short or damaged ({size} bytes); download or copy it again"), zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     names = [member.filename for member in members]
     roots = {name.split("/", 1)[0] for name in names}
@@ -257,8 +285,53 @@ def check_torch_zip(path):
         raise CheckpointError(f"{path}: its members claim more bytes than the file has ({size}); download it again")
     if min(m.header_offset for m in members) != 0:
         raise CheckpointError(f"{path}: unexpected bytes before the archive; torch.save writes none")
-    if pickles[0].file_size > MAX_PICKLE_BYTES:
-        raise CheckpointError(f"{path}: data.pkl has {pickles[0].file_size} bytes, more than {MAX_PICKLE_BYTES}")
+    largest = MAX_PICKLE_BYTES + PICKLE_BYTES_PER_RECORD * len(members)
+    if pickles[0].file_size > largest and not whole:
+        raise CheckpointError(f"{path}: data.pkl has {pickles[0].file_size} bytes, more than {largest}, too many for names and shapes")
+    with zipfile.ZipFile(path) as archive:
+        for member in members:  # the tables; the tensors' records are for `check`, which reads all of the file
+            if whole or "/data/" not in member.filename:
+                _check_crc(path, archive, member)
+        with _reading(path, "data.pkl is damaged; download or save it again"):
+            check_pickle(path, archive.read(pickles[0]))
+
+
+def _check_crc(path, archive, member):
+    if member.CRC == 0:  # torch writes that when it is told not to compute checksums
+        member.CRC = None  # zipfile: do not compare
+    with _reading(path, f"damaged in {member.filename}; download or copy it again"), archive.open(member) as stream:
+        while stream.read(1 << 20):
+            pass
+
+
+# of the functions torch's unpickler would call, those that make ordinary tensors
+REBUILDS = {f"torch._utils _rebuild_{what}" for what in ("tensor_v2", "tensor_v3", "parameter", "parameter_with_state")}
+
+
+def check_pickle(path, data):
+    """Refuse what torch's safe unpickler accepts but no state dict holds, before it runs.
+
+    It would call functions that make quantised, sparse and other special tensors from numbers it does not check. And a
+    tuple of a tuple of a tuple, each referred to twice, is a hundred bytes that as a dictionary's key take years to hash.
+    """
+    mark, stack, memo = object(), [], {}  # of each object on the unpickler's stack: how many it holds
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name == "GLOBAL" and "rebuild" in argument and argument not in REBUILDS:
+            raise CheckpointError(f"{path}: not plain tensors: loading it would have to call {argument.replace(' ', '.')}, so it was "
+                                  "refused and nothing was run; save only ordinary dense tensors, or use safetensors")  # fmt: skip
+        if opcode.name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+            continue
+        before, held = opcode.stack_before, memo.get(argument, 1) if opcode.name in ("BINGET", "LONG_BINGET") else 1
+        if pickletools.markobject in before:
+            while (top := stack.pop()) is not mark:
+                held += top
+            before = before[: before.index(pickletools.markobject)]
+        for _ in before:
+            held += stack.pop()
+        if opcode.name.startswith("TUPLE") and held > MAX_PICKLED_TUPLE:
+            raise CheckpointError(f"{path}: its data.pkl nests more than {MAX_PICKLED_TUPLE} objects in a tuple, which no file of weights needs")
+        stack += [mark if kind is pickletools.markobject else held for kind in opcode.stack_after]
 
 
 # ---- GGUF ----------------------------------------------------------------------------------------------------------
@@ -293,16 +366,19 @@ class _GgufParser:
     """Reads little-endian values one after another; every length is checked against what is left of the file."""
 
     def __init__(self, path, data):
-        self.path, self.data, self.at = path, data, 0
+        self.path, self.data, self.at, self.end, self.items = path, data, 0, len(data), 0
 
     def parse(self):
         if self.data[:4] != b"GGUF":
             raise CheckpointError(f"{self.path}: not a GGUF file (it starts with {self.data[:4]!r})")
         self.at = 4
         version = self.scalar("<I")
+        self.end = min(len(self.data), MAX_GGUF_HEADER_BYTES)
         if version not in (2, 3):
             raise CheckpointError(f"{self.path}: GGUF version {version}; versions 2 and 3 (little-endian) can be read")
         n_tensors, n_fields = self.scalar("<Q"), self.scalar("<Q")
+        if max(n_tensors, n_fields) > MAX_GGUF_ENTRIES:
+            raise CheckpointError(f"{self.path}: damaged: {n_tensors} tensors and {n_fields} fields; download it again")
         metadata, tensors = {}, {}
         for _ in range(n_fields):
             key = self.string()
@@ -313,17 +389,22 @@ class _GgufParser:
             name = self.string()
             if name in tensors:
                 raise CheckpointError(f"{self.path}: tensor {name!r} appears twice")
-            dims = [self.scalar("<Q") for _ in range(self.scalar("<I"))]
+            n_dims = self.scalar("<I")
+            if n_dims > 4:
+                raise CheckpointError(f"{self.path}: damaged: {name!r} has {n_dims} dimensions, the format ends at 4; download it again")
+            dims = [self.scalar("<Q") for _ in range(n_dims)]
             tensors[name] = (tuple(reversed(dims)), self.scalar("<I"), self.scalar("<Q"))
         alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment not in {1 << n for n in range(3, 21)}:
+            raise CheckpointError(f"{self.path}: damaged: an alignment of {alignment!r} bytes; download it again")
         start = -(-self.at // alignment) * alignment
         tensors = {name: (shape, kind, start + offset) for name, (shape, kind, offset) in tensors.items()}
         return GgufHeader(metadata, tensors, self.data)
 
     def need(self, n_bytes):
-        if n_bytes > len(self.data) - self.at:
-            raise CheckpointError(f"{self.path}: cut short: {n_bytes} bytes expected at {self.at}, the file has "
-                                  f"{len(self.data)}; download it again")  # fmt: skip
+        if n_bytes > self.end - self.at:
+            raise CheckpointError(f"{self.path}: cut short or damaged: {n_bytes} bytes expected at {self.at}, the "
+                                  f"{'file' if self.end == len(self.data) else 'header'} has {self.end}; download it again")  # fmt: skip
 
     def scalar(self, form):
         self.need(struct.calcsize(form))
@@ -343,6 +424,9 @@ class _GgufParser:
         if kind != GGUF_ARRAY:
             return self.scalar(self.form(kind))
         kind, count = self.scalar("<I"), self.scalar("<Q")
+        self.items += count
+        if self.items > MAX_GGUF_ITEMS:
+            raise CheckpointError(f"{self.path}: damaged: arrays of {self.items} values or more; download it again")
         if kind in (GGUF_STRING, GGUF_ARRAY):
             return [self.value(kind) for _ in range(count)]
         form = self.form(kind)
@@ -369,9 +453,9 @@ class _GgufFile(TensorFile):
         header = read_gguf_header(path)
         self.metadata, self._data = header.metadata, header.data
         n_pieces = self.metadata.get("split.count", 1)
-        if n_pieces > 1:
+        if n_pieces not in (0, 1):
             raise CheckpointError(f"{path}: one of {n_pieces} pieces; merge them first (llama-gguf-split --merge)")
-        self._stored = {}  # name -> (ggml type, elements per block, bytes per block, offset)
+        self._stored, places = {}, []  # name -> (ggml type, elements per block, bytes per block, offset)
         for name, (shape, number, offset) in header.tensors.items():
             with _reading(path, f"{name} has a tensor type that the installed gguf package does not know"):
                 kind = gguf.GGMLQuantizationType(number)
@@ -384,6 +468,11 @@ class _GgufFile(TensorFile):
                                       "download it again")  # fmt: skip
             self._stored[name] = (kind, block, block_bytes, offset)
             self.infos[name] = TensorInfo(shape, GGUF_DTYPES.get(kind.name, torch.float32))
+            places.append((offset, end, name))
+        places.sort()
+        for (_, end, name), (offset, _, other) in zip(places, places[1:]):
+            if offset < end:
+                raise CheckpointError(f"{path}: damaged: {name} and {other} overlap; download it again")
 
     def _slice(self, name, dim, start, stop):
         shape, dtype = self.infos[name].shape, self.infos[name].dtype
@@ -591,19 +680,6 @@ def _the_only(folder, candidates, preferred):
 
 
 # ---- json and index files ------------------------------------------------------------------------------------------
-
-
-def read_json(path) -> dict:
-    """A json object from a file of at most 64 MB."""
-    with _reading(path, "not valid json"):
-        size = os.path.getsize(path)
-        if size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: {size} bytes of json, more than {MAX_JSON_BYTES}; this is not a config")
-        with open(path, encoding="utf-8") as stream:
-            value = json.load(stream)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds a json {type(value).__name__}, expected an object {{...}}")
-    return value
 
 
 def _optional_json(folder, name):

@@ -11,8 +11,11 @@ becomes, so a name this module does not know is refused rather than replaced by 
 import json
 import os
 
+from llama_rlhf.untrusted import reading
+
 from .formats import CheckpointError, read_gguf_header
 
+MAX_TOKEN = 1000  # characters; each of a token's cuts in two may be a merge
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 
 # The published splitting rules: Qwen2 (one digit at a time) and Llama 3 (up to three digits).
@@ -49,17 +52,18 @@ def write_tokenizer_files(gguf_path, folder) -> list[str]:
     """
     path = os.fspath(gguf_path)
     metadata = read_gguf_header(path).metadata
-    vocabulary = _Vocabulary(path, metadata)
-    if vocabulary.model == "gpt2":
-        tokenizer = _byte_level_tokenizer(vocabulary)
-    elif vocabulary.model == "llama":
-        tokenizer = _sentencepiece_tokenizer(vocabulary)
-    else:
-        raise CheckpointError(f"{path}: tokenizer.ggml.model is {vocabulary.model!r}; supported: gpt2, llama")
+    with reading(path, "its tokenizer is damaged; take tokenizer.json from the original model", CheckpointError):
+        vocabulary = _Vocabulary(path, metadata)
+        if vocabulary.model == "gpt2":
+            tokenizer = _byte_level_tokenizer(vocabulary)
+        elif vocabulary.model == "llama":
+            tokenizer = _sentencepiece_tokenizer(vocabulary)
+        else:
+            raise CheckpointError(f"{path}: tokenizer.ggml.model is {vocabulary.model!r:.80}; supported: gpt2, llama")
 
-    files = {"tokenizer.json": tokenizer, "tokenizer_config.json": _tokenizer_config(vocabulary)}
-    if not os.path.exists(os.path.join(folder, "generation_config.json")):
-        files["generation_config.json"] = _generation_config(vocabulary)
+        files = {"tokenizer.json": tokenizer, "tokenizer_config.json": _tokenizer_config(vocabulary)}
+        if not os.path.exists(os.path.join(folder, "generation_config.json")):
+            files["generation_config.json"] = _generation_config(vocabulary)
     written = []
     try:
         os.makedirs(folder, exist_ok=True)
@@ -111,7 +115,7 @@ def write_fast_tokenizer(folder) -> list[str]:
     if template := tokenizer.chat_template:
         # sentencepiece puts a blank before each text of its own, and so does tokenizer.json: after a control token the template must not
         for config["chat_template"] in (template, template.replace("'[INST] '", "'[INST]'").replace("{{ ' ' + m.content", "{{ m.content")):
-            new.set_chat_template(config["chat_template"])
+            new.chat_template = config["chat_template"]
             if new.chat(CONVERSATION) == tokenizer.chat(CONVERSATION):
                 break
         else:
@@ -135,6 +139,8 @@ class _Vocabulary:
         self.tokens = self.get("tokens")
         if self.model is None or not self.tokens:
             raise CheckpointError(f"{path}: holds no tokenizer; take tokenizer.json from the original model")
+        if not isinstance(self.tokens, list) or not all(isinstance(token, str) and len(token) <= MAX_TOKEN for token in self.tokens):
+            raise CheckpointError(f"{path}: tokenizer.ggml.tokens is not a list of texts of at most {MAX_TOKEN} characters")
         self.types = self.get("token_type") or [NORMAL] * len(self.tokens)
         if len(self.types) != len(self.tokens):
             raise CheckpointError(f"{path}: {len(self.tokens)} tokens but {len(self.types)} token types")

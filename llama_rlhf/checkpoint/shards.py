@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from torch import nn
 from llama_rlhf import __version__
 from llama_rlhf.checkpoint import store
 from llama_rlhf.checkpoint.convert import NativeView, load_config, read_manifest
-from llama_rlhf.checkpoint.formats import Checkpoint, CheckpointError, open_checkpoint
+from llama_rlhf.checkpoint.formats import Checkpoint, CheckpointError, open_checkpoint, open_file
 from llama_rlhf.checkpoint.writer import PthWriter
 from llama_rlhf.config import ModelConfig
 from llama_rlhf.models import write_params
@@ -59,6 +60,15 @@ def inspect(checkpoint: Checkpoint, model_type: str = "") -> Contents:
     return Contents(config, notes, lora, "value_head.weight" in infos, manifest)
 
 
+def verify_contents(checkpoint: Checkpoint, contents: Contents) -> None:
+    """Collective: compare a folder of ours with its SHA-256, anyone else's with the checksums its files have, if any."""
+    if contents.manifest:
+        return store.verify(checkpoint.folder)
+    with groups.together(f"verifying {checkpoint.path}"):
+        for file in checkpoint.files:
+            file.check(groups.rank(), groups.world_size())
+
+
 def look_inside(path: str) -> Contents:
     """Collective. What a checkpoint holds, its weights unread."""
     with groups.together(f"opening {path}"), open_checkpoint(store.resolve(path)) as checkpoint:
@@ -87,8 +97,8 @@ def load_model(path: str, model_class: type[Transformer] = CausalLM, *, lora: Lo
         contents = inspect(checkpoint, model_type)
     for note in contents.notes:
         groups.log("note:", note)
-    if verify and contents.manifest:
-        store.verify(checkpoint.folder)
+    if verify:
+        verify_contents(checkpoint, contents)
     with groups.together(f"loading {path}"):
         if model_class is CausalLM and contents.has_value_head:
             raise CheckpointError(f"{path} is a reward or value model: it has a value head and cannot generate text. "
@@ -248,12 +258,13 @@ def _training_file(trainer, tp_rank: int) -> str:
 def load_training_state(trainer, folder: str) -> None:
     """Collective. Give a trainer the state that `save_model` stored with its model, at whatever number of tensor-parallel ranks.
     ValueError on every rank when it does not fit."""
-    with groups.together(f"loading the optimizer state of {folder}"):
-        n_shards = read_manifest(folder)["n_shards"]
+    with groups.together(f"loading the optimizer state of {folder}"), contextlib.ExitStack() as opened:
+        n_shards = read_manifest(folder).get("n_shards", 0)
         paths = [os.path.join(folder, _training_file(trainer, rank)) for rank in range(n_shards)]
         if missing := [path for path in paths if not os.path.exists(path)]:
             raise CheckpointError(f"{missing[0]} is missing: {folder} holds no optimizer state to resume from. Start a new run from its weights.")
-        files = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths]
+        files = [opened.enter_context(open_file(path)) for path in paths]
+        files = [{key: file.read(key) for key in file.infos} for file in files]         # views of the mapped files
         same = n_shards == groups.tp_size()
         own = files[groups.tp_rank()] if same else files[0]
 
@@ -378,8 +389,7 @@ class Rewrite:
         """Compare a checkpoint of ours with its checksums before a byte is written."""
         for note in self.contents.notes:
             groups.log("note:", note)
-        if self.contents.manifest:
-            store.verify(self.checkpoint.folder)
+        verify_contents(self.checkpoint, self.contents)
 
     def __enter__(self):
         return self

@@ -16,8 +16,8 @@ import re
 import shutil
 from collections.abc import Callable
 
-from llama_rlhf.checkpoint.convert import FORMAT, MANIFEST, read_manifest
-from llama_rlhf.checkpoint.formats import CheckpointError
+from llama_rlhf.checkpoint.convert import FORMAT, MANIFEST, intact, read_manifest, seal as manifest_seal
+from llama_rlhf.checkpoint.formats import CheckpointError, read_json
 from llama_rlhf.parallel import groups
 
 _SAVE = re.compile(r"(?:epoch|step)-\d+")
@@ -95,7 +95,8 @@ def publish(folder: str, write: Callable[[str], dict | None], manifest: dict | N
             if groups.is_main():
                 if manifest is not None:
                     entries = {file: entry for part in gathered for file, entry in part.items()}
-                    write_json(os.path.join(temporary, MANIFEST), {"format": FORMAT, **manifest, "files": dict(sorted(entries.items()))})
+                    content = {"format": FORMAT, **manifest, "files": dict(sorted(entries.items()))}
+                    write_json(os.path.join(temporary, MANIFEST), {**content, "sha256": manifest_seal(content)})
                 _fsync_folder(temporary)
                 if os.path.isdir(folder):
                     os.rmdir(folder)          # empty: checked above
@@ -260,12 +261,11 @@ def find_start(save_dirs: list[str], run: dict, resume: str) -> tuple[list[str],
 
 
 def _brief(path: str) -> dict:
-    """The manifest of a save, its files unseen; {} when it cannot be read."""
+    """The manifest of a save, its files unseen; {} when it cannot be read or is corrupt."""
     try:
-        with open(os.path.join(path, MANIFEST), encoding="utf-8") as file:
-            manifest = json.load(file)
-        return manifest if isinstance(manifest, dict) else {}
-    except (OSError, ValueError):
+        manifest = read_json(os.path.join(path, MANIFEST))
+        return manifest if intact(manifest) else {}
+    except (FileNotFoundError, CheckpointError):
         return {}
 
 

@@ -116,11 +116,14 @@ def preset(model_type: str) -> ModelConfig:
 def config_from_hf(c: dict) -> ModelConfig:
     """config.json -> ModelConfig, by its model_type; the ValueError names what is unknown."""
     kind = c.get("model_type")
+    if any(isinstance(n := c.get(key), int) and n > 1 << 10 for key in ("num_hidden_layers", "n_layer")):
+        raise ValueError("config.json: more than 1024 layers; this is not the config of a model")
     for family in FAMILIES.values():
         if kind in family.hf_model_types:
             return family.read_hf(c)
     known = sorted(t for f in FAMILIES.values() for t in f.hf_model_types)
-    raise ValueError(f"config.json: model_type {kind!r} is not supported (known: {', '.join(known)})")
+    code = " It asks for Python code of its own (auto_map), which is never run." if "auto_map" in c else ""
+    raise ValueError(f"config.json: model_type {kind!r:.80} is not supported (known: {', '.join(known)}).{code}")
 
 
 def config_from_params(p: dict, vocab_size: int) -> ModelConfig:

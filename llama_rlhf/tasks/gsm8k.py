@@ -16,6 +16,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama_rlhf.data import stream_json
+
 # ----------------------------------------------------------------------------------------------------------------
 # Rules A, B and C: as published, quirks included
 
@@ -201,43 +203,25 @@ def load(file):
     A record holds "instruction" and "output", or "question" and "answer" as in the official files. The label is
     the number after `####` in the solution; a field "label" may state it instead. Other fields are ignored.
     """
-    problems = [_problem(file, number, record) for number, record in _read_records(file)]
+    problems = [_problem(file, *record) for record in _read_records(file)]
     if not problems:
         raise ValueError(f'{file}: no records. Expected a JSON list, or lines, of {{"instruction", "output"}}')
     return problems
 
 
 def _read_records(file):
-    """[(record number, decoded json)]; whether it is a list or lines shows in the first character, not the name."""
+    """(record number, line, decoded json) of each; whether it is a list or lines shows in the first character, not the name."""
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(
             f"{file}: no such file. Problems ship in dataset/GSM8K/train.json and test.json; "
             "dataset/GSM8K/prepare.py converts the official GSM8K files to the same form"
         )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text ({error}). Re-encode it as UTF-8") from None
-
-    if text.lstrip().startswith("["):
-        return list(enumerate(_decode(text, file, 1), 1))
-    lines = enumerate(text.split("\n"), 1)  # not splitlines(): a record may hold U+2028
-    return [(number, _decode(line, file, number)) for number, line in lines if line.strip()]
+    return stream_json(path)
 
 
-def _decode(text, file, first_line):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{file}, line {first_line + error.lineno - 1}, column {error.colno}: not valid JSON ({error.msg}). "
-            "Expected one list of records, or one record per line"
-        ) from None
-
-
-def _problem(file, number, record):
-    where = f"{file}, record {number}"
+def _problem(file, number, line, record):
+    where = f"{file}, line {line}, record {number}"
     if not isinstance(record, dict):
         raise ValueError(
             f'{where}: expected an object with "instruction" and "output", got {_shortened(json.dumps(record))}'
