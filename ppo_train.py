@@ -10,7 +10,7 @@ def main(
     critic_ckpt_dir: str = "",
     critic_save_dir: str = "",
     reward_model_ckpt_dir: str = "",
-    train_file: str = "dataset/GSM8K/train.json",
+    train_file: str = "",
     task: str = "GSM8K",
     label_file: str = "",
     log_dir: str = "",
@@ -34,7 +34,7 @@ def main(
     max_grad_norm: float = 1.0,
     critic_warmup: int = -1,
     rule_weight: float = -1.0,
-    rule: str = "D",
+    rule: str = "auto",
     reward_model_weight: float = 1.0,
     reward_function: str = "",
     normalize_scores: bool = False,
@@ -95,8 +95,9 @@ def main(
         critic_ckpt_dir: what the critic starts from; default: the reward model if there is one, else the policy
         critic_save_dir: default: actor_save_dir/critic
         reward_model_ckpt_dir: a verifier from verifier_train.py whose score is the reward
-        train_file: prompts: json list or jsonl; answers in it are used only as labels of the rule
-        task: whose rule says right or wrong
+        train_file: prompts: json, jsonl or parquet; answers in it are used only as labels of the rule; default: the task's own,
+            dataset/GSM8K/train.json for GSM8K
+        task: whose rule says right or wrong: GSM8K, answers, reasoning_gym:NAME, FILE.py (docs/TASKS.md)
         label_file: problems to evaluate on every --eval_steps iterations and at the end; default: none
         log_dir: default: actor_save_dir/log
         model_type: a preset such as llama-2-7b, needed only when a checkpoint has no config of its own
@@ -118,8 +119,8 @@ def main(
         weight_decay: AdamW's, on matrices other than the embedding and the head
         max_grad_norm: gradients of actor and critic are scaled down to this norm each; 0: never
         critic_warmup: first iterations in which only the critic learns; -1: 0 from a reward model, 2 with a new head
-        rule_weight: of the task's rule in the score (1 right, 0 wrong); -1: 1 unless there is a reward model or function
-        rule: the task's rule: for GSM8K A, B, C or D
+        rule_weight: of the task's rule in the score (1 right, 0 wrong, or what the task gives in between); -1: 1 unless there is a reward model or function
+        rule: the task's rule: for GSM8K A, B, C or D; auto: D there, the only one of most tasks
         reward_model_weight: of the reward model in the score
         reward_function: FILE.py:NAME of a function (prompt, response, label) -> number, added to the score
         normalize_scores: divide scores by their running standard deviation after subtracting their running mean
@@ -177,7 +178,7 @@ def main(
     from llama_rlhf.checkpoint import store
     from llama_rlhf.checkpoint.export import companions_folder
     from llama_rlhf.checkpoint.shards import load_training_state, save_model
-    from llama_rlhf.data import encode_prompt, place_of, prompt_of, read_records
+    from llama_rlhf.data import encode_prompt
     from llama_rlhf.evaluation import check_vocabulary, encode_problems, evaluate, show
     from llama_rlhf.interrupt import Interrupt
     from llama_rlhf.losses import kl_estimate
@@ -185,10 +186,11 @@ def main(
     from llama_rlhf.parallel.layers import Lora
     from llama_rlhf.plan import plan_ppo, report_memory
     from llama_rlhf.ppo import UpdateSettings, rollout_statistics, update_actor, update_critic, warnings
+    from llama_rlhf.records import located, prompt_of, read_records
     from llama_rlhf.roles import check_same_tokenizer, load_roles
     from llama_rlhf.rollout import Prompt, Reward, Rollout, RolloutSettings, collect, load_reward_function
     from llama_rlhf.runlog import Clock, PeakMemory, RunLog, peak_memory_gb
-    from llama_rlhf.tasks import get_task
+    from llama_rlhf.tasks import choose_rule, get_task, source_of
     from llama_rlhf.tokenizer import load_tokenizer
     from llama_rlhf.trainer import Trainer, check_options
 
@@ -253,16 +255,15 @@ def main(
                     raise               # a folder without one, and no other named: nobody knows what its ids mean
         check_same_tokenizer(tokenizer, own, role_dirs)
         kind = get_task(task)
+        rule, train_file = choose_rule(kind, rule), source_of(kind, "train_file", train_file, "TRAIN")
         try:
             problems = kind.load(train_file)
         except ValueError:
-            if rule_weight:
+            if rule_weight or not os.path.isfile(train_file):
                 raise
             problems, records = None, read_records(train_file)      # prompts without labels: the reward model or the function judges alone
-        if rule not in kind.RULES:
-            raise ValueError(f"--rule {rule!r}: use one of {', '.join(kind.RULES)}")
         test_problems = kind.load(label_file) if label_file else []
-        texts = [p.prompt for p in problems] if problems else [prompt_of(r, place_of(records, n)) for n, r in enumerate(records, 1)]
+        texts = [p.prompt for p in problems] if problems else [prompt_of(record, where) for _, where, record in located(records)]
         prompts = [Prompt(n, text if isinstance(text, str) else str(text), encode_prompt(tokenizer, text, use_chat_template=use_chat_template,
                                                                                         system_prompt=system_prompt), problem)
                    for n, (text, problem) in enumerate(zip(texts, problems or [None] * len(texts)), 1)]

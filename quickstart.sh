@@ -77,7 +77,7 @@ say "9. PPO against the verifier: $PPO_ITERATIONS iterations of 32 answers, four
     --limit "$LIMIT" --max_new_tokens 160 "${chat[@]}"
 
 say "before, fine-tuned, best of eight, PPO"
-.venv/bin/python solver_evaluate.py --compare "$RUN/before,$RUN/after,$RUN/best-of-8,$RUN/after-ppo"
+.venv/bin/python solver_evaluate.py --limit 0 --compare "$RUN/before,$RUN/after,$RUN/best-of-8,$RUN/after-ppo"
 cat <<EOF
 
 written to $RUN:

@@ -7,20 +7,19 @@ def main(
     *,
     ckpt_dir: str = "",
     task: str = "GSM8K",
-    label_file: str = "dataset/GSM8K/test.json",
+    label_file: str = "",
     log_dir: str = "",
     model_type: str = "",
     max_batch_size: int = 64,
     max_new_tokens: int = 256,
     max_seq_len: int = -1,
     limit: int = -1,
-    rule: str = "D",
+    rule: str = "auto",
     perplexity: bool = False,
     use_chat_template: bool = False,
     system_prompt: str | None = None,
     verifier_ckpt_dir: str = "",
     samples_file: str = "",
-    against: str = "",
     num_samples_per_prompt: int = 1,
     temperature: float = -1.0,
     top_k: int = 0,
@@ -39,26 +38,25 @@ def main(
 ):
     """Answer every problem of a file with a model and count the right answers.
 
-    Writes samples.jsonl (one answer a line) and metrics.json (accuracy with its interval, under four rules) to log_dir. With a
+    Writes samples.jsonl (one answer a line) and metrics.json (accuracy with its interval, under every rule) to log_dir. With a
     verifier also its score of every answer, and the accuracy of best-of-n, of votes and of pass@k on the same samples.
 
     Args:
         ckpt_dir: the model: a folder of consolidated.NN.pth, a Hugging Face folder, a single weight file, a save_dir of solver_train
-        task: what kind of problems: GSM8K
-        label_file: problems with labels, json or jsonl
+        task: what kind of problems: GSM8K, answers (any questions and short answers), reasoning_gym:NAME, or FILE.py: docs/TASKS.md
+        label_file: problems with labels, json, jsonl or parquet; default: the task's own, dataset/GSM8K/test.json for GSM8K
         log_dir: where to write; default: evaluate-TASK inside ckpt_dir's folder, or the verifier's with --samples_file
         model_type: a preset such as llama-2-7b, needed only when the checkpoint has no config of its own
         max_batch_size: rows decoded together
         max_new_tokens: longest answer, in tokens
         max_seq_len: prompt and answer together; -1: the model's own length
-        limit: only the first so many problems; -1: all
-        rule: headline rule: A original, B strict, C flexible, D tolerant; all four are reported
+        limit: only the first so many problems; -1: all; with --compare: changed problems to show, -1: 10
+        rule: headline rule; auto: the task's; for GSM8K A original, B strict, C flexible, D tolerant (auto); all four are reported
         perplexity: also report the loss and perplexity of the reference solutions
         use_chat_template: render prompts as the model's chat format does
         system_prompt: put before every prompt
         verifier_ckpt_dir: a reward model from verifier_train.py, to choose among several answers to a problem
         samples_file: instead of generating: a samples.jsonl written earlier, for the verifier to choose from
-        against: log_dir of another evaluation on the same problems, such as a greedy one, to test best-of-n against
         num_samples_per_prompt: answers per problem; more than 1 also reports pass@k
         temperature: 0 is greedy; -1: 0 for one answer per problem, 0.7 for several
         top_k: keep only the k most likely tokens; 0: all
@@ -73,12 +71,12 @@ def main(
         plan_ranks: with --plan: the number of processes to plan for; -1: as many as were started, or --model_parallel_size
         device: auto, cpu or cuda
         timeout_seconds: longest wait in a collective before the run ends with an error
-        compare: instead of evaluating: log_dirs of earlier evaluations, comma-separated, to set side by side
+        compare: instead of evaluating: log_dirs of earlier evaluations on the same problems, to set side by side; each is tested against the first
     """
     if compare:
-        from llama_rlhf.evaluation import compare_runs
+        from llama_rlhf.comparison import compare_runs
 
-        print(compare_runs(compare))
+        print(compare_runs(compare, 10 if limit == -1 else limit))
         return
     if plan:
         from llama_rlhf.cli import resolved
@@ -88,39 +86,39 @@ def main(
         return
     if bool(ckpt_dir) == bool(samples_file):
         raise ValueError("give either --ckpt_dir, the model to evaluate, or --samples_file with answers it gave "
-                         "(or --compare A,B with two log_dirs)")
-    if (samples_file or against) and not verifier_ckpt_dir:
-        raise ValueError(f"--{'samples_file' if samples_file else 'against'} needs --verifier_ckpt_dir: a reward model to choose among the answers")
+                         "(or --compare A B with two log_dirs)")
+    if samples_file and not verifier_ckpt_dir:
+        raise ValueError("--samples_file needs --verifier_ckpt_dir: a reward model to choose among the answers")
     if samples_file and perplexity:
         raise ValueError("--perplexity needs the model itself, --ckpt_dir, not --samples_file")
     if verifier_ckpt_dir and not samples_file and num_samples_per_prompt < 2:
         raise ValueError("--verifier_ckpt_dir chooses among several answers: add --num_samples_per_prompt 8")
     import os
+    import re
 
     from llama_rlhf.checkpoint import store
     from llama_rlhf.checkpoint.shards import load_model
-    from llama_rlhf.evaluation import (answer, check_vocabulary, encode_problems, first_answers, read_samples, reference_loss, score_samples,
-                                       select, show, show_selection, summarize, write_samples)
+    from llama_rlhf.evaluation import (answer, check_vocabulary, encode_problems, read_samples, reference_loss, score_samples, select,
+                                       show, show_selection, summarize, write_samples)
     from llama_rlhf.models.transformer import ValueModel
     from llama_rlhf.parallel import groups
     from llama_rlhf.reward import check_reward_model
     from llama_rlhf.plan import plan_evaluation
     from llama_rlhf.runlog import PeakMemory, environment
     from llama_rlhf.sampling import Sampling
-    from llama_rlhf.tasks import get_task
+    from llama_rlhf.tasks import choose_rule, get_task, source_of
     from llama_rlhf.tokenizer import load_tokenizer
 
     groups.initialize(model_parallel_size, timeout_seconds=timeout_seconds, device=device)
     ckpt_dir, verifier_ckpt_dir = (path and store.resolve(path) for path in (ckpt_dir, verifier_ckpt_dir))
     home = ckpt_dir or verifier_ckpt_dir
-    log_dir = log_dir or os.path.join(home if os.path.isdir(home) else os.path.dirname(home), f"evaluate-{task}")
+    log_dir = log_dir or os.path.join(home if os.path.isdir(home) else os.path.dirname(home), "evaluate-" + re.sub(r"[^\w.-]+", "-", task))
     prompt_options = dict(use_chat_template=use_chat_template, system_prompt=system_prompt)
     if temperature < 0:
         temperature = 0.0 if num_samples_per_prompt == 1 else 0.7
     with groups.together("reading the problems"):
         kind = get_task(task)
-        if rule not in kind.RULES:
-            raise ValueError(f"--rule {rule!r}: use one of {', '.join(kind.RULES)}")
+        rule = choose_rule(kind, rule)
         if limit == 0 or limit < -1:
             raise ValueError(f"--limit {limit}: use -1 for all problems, or at least 1")
         if max_batch_size < 1 or max_new_tokens < 1 or num_samples_per_prompt < 1:
@@ -132,6 +130,7 @@ def main(
             if max(row["sample"] for row in rows) == 0:
                 raise ValueError(f"{samples_file} holds one answer per problem: nothing to choose from. Generate with --num_samples_per_prompt 8.")
         else:
+            label_file = source_of(kind, "label_file", label_file, "TEST")
             problems = kind.load(label_file)[:limit if limit >= 0 else None]
             tokenizer = load_tokenizer(tokenizer_file or ckpt_dir, chat_format=chat_format)
             if verifier_ckpt_dir and temperature == 0:
@@ -168,15 +167,13 @@ def main(
         del model       # its memory is the verifier's
     groups.log(show(metrics))
     if verifier_ckpt_dir:
-        with groups.together("reading the other evaluation"):
-            others = (against, first_answers(against, rows, rule)) if against else None
         verifier = load_model(verifier_ckpt_dir, ValueModel, dtype=groups.default_dtype(dtype), trainable=False, need_head=True)
         check_vocabulary(verifier_tokenizer, verifier, verifier_ckpt_dir)
         if samples_file:
             memory.start()
         score_samples(verifier, verifier_tokenizer, rows, **prompt_options)
         write_samples(written[0], rows)
-        metrics["selection"] = select(rows, verifier.score, others)
+        metrics["selection"] = select(rows, verifier.score)
         groups.log(show_selection(metrics["selection"]))
     if groups.is_main():
         from llama_rlhf.cli import resolved

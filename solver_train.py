@@ -7,7 +7,7 @@ def main(
     *,
     ckpt_dir: str,
     save_dir: str,
-    train_file: str = "dataset/GSM8K/train.json",
+    train_file: str = "",
     log_dir: str = "",
     model_type: str = "",
     max_batch_size: int = 6,
@@ -56,7 +56,8 @@ def main(
     Args:
         ckpt_dir: the model: a folder of consolidated.NN.pth, a Hugging Face folder, a single weight file, an earlier save
         save_dir: where epoch-N and step-N folders go
-        train_file: json list or jsonl of {"instruction", "output"} (or question/answer, query/response, chat messages)
+        train_file: json, jsonl or parquet of {"instruction", "output"} (or question/answer, query/response, chat messages: docs/DATA.md);
+            default: the task's own, dataset/GSM8K/train.json for GSM8K
         log_dir: default: save_dir/log
         model_type: a preset such as llama-2-7b, needed only when the checkpoint has no config of its own
         max_batch_size: rows per micro-batch and replica; -1: as many as --max_batch_tokens allows
@@ -76,7 +77,7 @@ def main(
         use_chat_template: render prompts as the model's chat format does
         system_prompt: put before every prompt
         label_file: problems to evaluate on after each epoch; default: none
-        task: what kind of problems those are
+        task: what kind of problems those are: GSM8K, answers, reasoning_gym:NAME, FILE.py (docs/TASKS.md)
         eval_batch_size: rows decoded together in that evaluation
         max_new_tokens: longest answer in that evaluation
         skip_grad_norm_above: skip steps whose gradient norm, before clipping, is larger, on all ranks and counted; -1: none
@@ -106,14 +107,15 @@ def main(
     from llama_rlhf.checkpoint import store
     from llama_rlhf.checkpoint.export import companions_folder
     from llama_rlhf.checkpoint.shards import load_model, load_training_state, save_model
-    from llama_rlhf.data import DataReport, batches, read_records, sft_examples, show_example
+    from llama_rlhf.data import DataReport, batches, sft_examples, show_example
     from llama_rlhf.evaluation import check_vocabulary, encode_problems, evaluate, show
     from llama_rlhf.interrupt import Interrupt
     from llama_rlhf.parallel import groups
     from llama_rlhf.parallel.layers import Lora
     from llama_rlhf.plan import plan_training, report_memory
+    from llama_rlhf.records import read_records
     from llama_rlhf.runlog import Average, PeakMemory, RunLog, peak_memory_gb
-    from llama_rlhf.tasks import get_task
+    from llama_rlhf.tasks import get_task, source_of
     from llama_rlhf.tokenizer import load_tokenizer
     from llama_rlhf.trainer import Trainer, check_options, response_logprobs
 
@@ -137,11 +139,12 @@ def main(
         companions = companions_folder(tokenizer_file) or ckpt_dir
         tokenizer = load_tokenizer(tokenizer_file or ckpt_dir, chat_format=chat_format)
         report = DataReport()
-        examples = sft_examples(read_records(train_file), tokenizer, max_seq_len=max_seq_len, train_on_prompt=train_on_prompt,
+        kind = get_task(task)
+        train_file = source_of(kind, "train_file", train_file, "TRAIN")
+        examples = sft_examples(getattr(kind, "records", read_records)(train_file), tokenizer, max_seq_len=max_seq_len, train_on_prompt=train_on_prompt,
                                 use_chat_template=use_chat_template, system_prompt=system_prompt, report=report)
         if not examples:
             raise ValueError(f"{train_file}: no record is left to train on ({report}). Raise --max_seq_len.")
-        kind = get_task(task)
         problems = kind.load(label_file) if label_file else []
     log_dir = log_dir or os.path.join(save_dir, "log")
     store.check_writable(save_dir)
@@ -230,7 +233,7 @@ def main(
         run_log.write(f"epoch {epoch + 1}: average loss {of_epoch.loss:.4f}, perplexity {of_epoch.perplexity:.3f} over {of_epoch.n_loss_tokens} tokens")
         run_log.record("epoch", step=step, epoch=epoch + 1, loss=of_epoch.loss, perplexity=of_epoch.perplexity)
         if problems:        # before the save: a run that is killed here comes back to it
-            metrics = evaluate(model, tokenizer, kind, problems, prompts, rule="D", max_batch_size=eval_batch_size,
+            metrics = evaluate(model, tokenizer, kind, problems, prompts, rule=kind.RULE, max_batch_size=eval_batch_size,
                                max_new_tokens=max_new_tokens, max_seq_len=model.config.max_seq_len, progress=False,
                                samples_file=os.path.join(run_log.log_dir, f"samples-{step}.jsonl"))
             run_log.write(show(metrics))

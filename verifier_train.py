@@ -61,7 +61,7 @@ def main(
     Args:
         ckpt_dir: what to start from: a fine-tuned or base model (the head is new then), or an earlier verifier
         save_dir: where epoch-N and step-N folders go; must not hold those of another run
-        train_file: json list or jsonl of judged responses, see above
+        train_file: json, jsonl or parquet of judged responses, see above and docs/DATA.md
         log_dir: default: save_dir/log
         model_type: a preset such as llama-2-7b, needed only when the checkpoint has no config of its own
         max_batch_size: per micro-batch and replica: labelled responses, or problems with all their compared responses; -1: as --max_batch_tokens allows
@@ -113,12 +113,13 @@ def main(
     from llama_rlhf.checkpoint import store
     from llama_rlhf.checkpoint.export import companions_folder
     from llama_rlhf.checkpoint.shards import load_model, load_training_state, save_model
-    from llama_rlhf.data import JudgedReport, batches, judged_problems, read_records, show_judged, split_problems, verifier_examples
+    from llama_rlhf.data import JudgedReport, batches, judged_problems, show_judged, split_problems, verifier_examples
     from llama_rlhf.evaluation import check_vocabulary
     from llama_rlhf.models.transformer import ValueModel
     from llama_rlhf.interrupt import Interrupt
     from llama_rlhf.parallel import groups
     from llama_rlhf.parallel.layers import Lora
+    from llama_rlhf.records import read_records
     from llama_rlhf.reward import JointModel, choose_loss, count, count_judgements, evaluate_verifier, measure_score, objective, show_verifier
     from llama_rlhf.plan import plan_training, report_memory
     from llama_rlhf.runlog import Average, PeakMemory, RunLog, peak_memory_gb

@@ -27,12 +27,13 @@ import torch.nn.functional as F
 
 from llama_rlhf.advantages import ALGORITHMS, Settings, make_advantages
 from llama_rlhf.checkpoint.shards import load_model, save_model
-from llama_rlhf.data import encode_prompt, read_records
+from llama_rlhf.data import encode_prompt
 from llama_rlhf.losses import kl_estimate
 from llama_rlhf.models.transformer import ValueModel
 from llama_rlhf.parallel import groups
 from llama_rlhf.parallel.layers import Lora
 from llama_rlhf.ppo import UpdateSettings, update_actor, update_critic
+from llama_rlhf.records import read_records
 from llama_rlhf.roles import load_roles
 from llama_rlhf.rollout import Prompt, Reward, RolloutSettings, collect
 from llama_rlhf.runlog import Clock, peak_memory_gb

@@ -1,4 +1,4 @@
-"""Records from json files, tokenised examples, and the order in which training sees them.
+"""Tokenised examples out of records, and the order in which training sees them.
 
     records = read_records("dataset/GSM8K/train.json")
     report = DataReport()
@@ -19,174 +19,10 @@ import json
 import math
 import random
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
-SCHEMAS = (("instruction", "output"), ("query", "response"), ("question", "answer"), ("prompt", "completion"))
-
-
-# -- records ----------------------------------------------------------------------------------------------------
-
-
-class Records(list):
-    """A list of dicts that remembers its file and the line each begins in, for messages about one of them."""
-
-    def __init__(self, rows, file, lines=()):
-        super().__init__(rows)
-        self.file, self.lines = str(file), list(lines)
-
-
-def place_of(records, number):
-    """"train.json, line 33, record 17", as far as it is known."""
-    lines = getattr(records, "lines", ())
-    line = f", line {lines[number - 1]}" if number <= len(lines) else ""
-    return f"{getattr(records, 'file', 'records')}{line}, record {number}"
-
-
-def read_records(file):
-    """The records of a json list, or of a file with one json object per line. ValueError says which one is wrong."""
-    if not Path(file).exists():
-        raise FileNotFoundError(f"data file {str(file)!r} does not exist")
-    records = Records([], file)
-    for _, line, row in stream_json(file):
-        records.lines.append(line)
-        records.append(row)
-        if not isinstance(row, dict):
-            raise ValueError(f"{place_of(records, len(records))}: expected an object {{...}}, found {_type_name(row)}")
-    if not records:
-        raise ValueError(f"{file} holds no records")
-    return records
-
-
-_DECODER = json.JSONDecoder()
-_SPACE = re.compile(r"[ \t\r\n]*")
-_BLOCK = 1 << 16  # characters
-
-
-def stream_json(file):
-    """(number, line, value) of each record of a json list, or of a file with one json value per line, one by one.
-
-    number counts the records of a list, and the lines of lines. ValueError names line and column of a fault.
-    """
-    with open(file, encoding="utf-8-sig") as stream:
-        try:
-            line, head = 1, stream.read(1)
-            while head and head in " \t\r\n":
-                line, head = line + (head == "\n"), stream.read(1)
-            if not head:
-                raise ValueError(f"{file} is empty: no records")
-            if head == "[":
-                yield from _stream_list(file, stream, line)
-                return
-            lines = enumerate(stream, line)  # the file's lines, not those of splitlines(): it also cuts at U+2028 inside strings
-            number, text = next(lines, (line, ""))
-            while text is not None:
-                if (head + text).strip():
-                    yield number, number, _decoded(file, (head + text).rstrip("\n"), number)
-                head, (number, text) = "", next(lines, (0, None))
-        except UnicodeDecodeError as e:
-            raise ValueError(f"{file} is not UTF-8 text: {e}. Re-encode it as UTF-8") from e
-
-
-def _decoded(file, text, line):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{file}, line {line}, column {e.colno}: not valid json ({e.msg}). Expected a json list, or one object per line") from e
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{file}, line {line}: {e}") from e
-
-
-def _stream_list(file, stream, line):
-    """What follows the "[": records are decoded from a window of the text, which grows while it ends inside one."""
-    text, at, block, number, ended = "", 0, _BLOCK, 0, False
-    while True:
-        start, fault = _SPACE.match(text, at).end(), "expected , or ]"
-        if text[start : start + 1] == "]":
-            if rest := (text[start + 1 :] + stream.read()).strip(" \t\r\n"):
-                raise ValueError(f"{file}, line {line + text.count(chr(10), at, start)}: more text after the end of the list: {rest[:20]!r}")
-            return
-        if number == 0 or text[start : start + 1] == ",":
-            start = _SPACE.match(text, start + (number > 0)).end()
-            try:
-                value, stop = _DECODER.raw_decode(text, start)
-                after = _SPACE.match(text, stop).end()
-                if text[after : after + 1] in (",", "]"):  # else it may go on: "1" is the begin of "1.5"
-                    line += text.count("\n", at, start)
-                    yield (number := number + 1), line, value
-                    line, at, block = line + text.count("\n", start, stop), stop, _BLOCK
-                    continue
-                start = after
-            except json.JSONDecodeError as e:
-                start, fault = e.pos, e.msg
-            except (ValueError, RecursionError) as e:
-                raise ValueError(f"{file}, line {line + text.count(chr(10), at, start)}, record {number + 1}: {e}") from e
-        if ended:
-            line, column = line + text.count("\n", at, start), start - text.rfind("\n", 0, start)
-            raise ValueError(f"{file}, line {line}, column {column}: not valid json ({fault})")
-        more = stream.read(block)
-        text, at, block, ended = text[at:] + more, 0, 2 * block, not more
-
-
-def text_field(record, name, where, *, expected=None):
-    """record[name], which must be a string. where: "train.json, record 17"."""
-    if name not in record:
-        needs = f". Expected {expected}" if expected else ""
-        raise ValueError(f'{where}: missing "{name}" (keys: {", ".join(map(str, record)) or "none"}){needs}')
-    if not isinstance(record[name], str):
-        raise ValueError(f'{where}: "{name}" must be a string, found {_type_name(record[name])}')
-    return record[name]
-
-
-def prompt_of(record, where):
-    """The prompt of a record: a string, or the messages before the answer. Used also where no answer is needed."""
-    if "messages" in record:
-        return _messages(record, where)[0]
-    for prompt_name, _ in SCHEMAS:
-        if prompt_name in record:
-            text = text_field(record, prompt_name, where)
-            if prompt_name == "instruction" and record.get("input"):
-                text = f"{text}\n{text_field(record, 'input', where)}"
-            return text
-    raise ValueError(f"{where}: no prompt (keys: {', '.join(map(str, record)) or 'none'}). Expected {_expected()}")
-
-
-def answers_of(record, where):
-    """The answers of a record; a list of several is allowed."""
-    if "messages" in record:
-        return [_messages(record, where)[1]]
-    prompt_of(record, where)
-    name = next(answer for prompt, answer in SCHEMAS if prompt in record)
-    answers = record.get(name)
-    if not isinstance(answers, list):
-        return [text_field(record, name, where, expected=_expected())]
-    if not answers or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError(f'{where}: "{name}" must be a string or a list of strings, with at least one')
-    return answers
-
-
-def _messages(record, where):
-    """The turns before the last assistant turn, and the text of that turn."""
-    messages = record["messages"]
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ValueError(f'{where}: "messages" must be a list of {{"role": ..., "content": ...}}')
-    for n, message in enumerate(messages, 1):
-        for name in ("role", "content"):
-            text_field(message, name, f"{where}, message {n}")
-    last = max((n for n, message in enumerate(messages) if message["role"] == "assistant"), default=0)
-    if last == 0:
-        raise ValueError(f'{where}: "messages" needs an "assistant" turn, after another one, to learn from')
-    return messages[:last], messages[last]["content"]
-
-
-def _expected():
-    return " or ".join(f'"{prompt}" and "{answer}"' for prompt, answer in SCHEMAS) + ' or "messages"'
-
-
-def _type_name(value):
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
+from llama_rlhf.records import SCHEMAS, answers_of, keys_of, located, preference_of, prompt_of, text_field, texts_field, turns_of, type_name
 
 # -- examples ---------------------------------------------------------------------------------------------------
 
@@ -197,7 +33,7 @@ class Example:
 
     tokens: list[int]
     prompt_len: int
-    id: str  # record number from 1, as "17", or "17.2" for the second of its answers
+    id: str  # record number from 1, as "17", or "17.2" for the second of its answers or turns
 
 
 @dataclass
@@ -220,20 +56,19 @@ class DataReport:
 def encode_prompt(tokenizer, prompt, *, use_chat_template=False, system_prompt=None):
     """Token ids of a prompt, exactly as training, evaluation and rollout all have to see it.
 
-    prompt: text, or a list of chat messages. Without the chat template the text and a newline follow the BOS token
-    (where the tokenizer has one), and a system prompt stands on a line before them.
+    prompt: text, or a list of chat messages. Without the chat template the text and a newline follow the BOS token (where the
+    tokenizer has one), and a system prompt stands on a line before them; messages' own system turn goes before system_prompt.
     """
-    if not use_chat_template:
-        if not isinstance(prompt, str):
-            raise ValueError("chat messages can only be encoded with the chat template: add --use_chat_template")
-        lines = [prompt] if system_prompt is None else [system_prompt, prompt]
-        return tokenizer.encode("".join(f"{line}\n" for line in lines), bos=True)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not messages:
         raise ValueError("a chat prompt needs at least one message")
     if system_prompt is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system_prompt})
-    return tokenizer.chat(messages)
+    if use_chat_template:
+        return tokenizer.chat(messages)
+    if [message["role"] for message in messages] not in (["user"], ["system", "user"]):
+        raise ValueError("a conversation of several turns can only be encoded with the chat template: add --use_chat_template")
+    return tokenizer.encode("".join(f"{message['content']}\n" for message in messages), bos=True)
 
 
 def encode_response(tokenizer, prompt_ids, text, finished, max_seq_len):
@@ -242,27 +77,36 @@ def encode_response(tokenizer, prompt_ids, text, finished, max_seq_len):
     return tokens[:max_seq_len], len(tokens) > max_seq_len
 
 
+@contextmanager
+def _located(where, faults=None):
+    """Puts `where` before the message of a ValueError; with a list of faults, the message goes there instead."""
+    try:
+        yield
+    except ValueError as e:
+        message = str(e) if str(e).startswith(where) else f"{where}: {e}"
+        if faults is None:
+            raise ValueError(message) from e
+        faults.append(message)
+
+
 def sft_examples(
-    records, tokenizer, *, max_seq_len, use_chat_template=False, train_on_prompt=False, system_prompt=None, report=None
-):
-    """One Example per answer of each record; `report`, a DataReport, is filled in.
+    records, tokenizer, *, max_seq_len, use_chat_template=False, train_on_prompt=False, system_prompt=None, report=None, faults=None
+):  # fmt: skip
+    """One Example per answer of each record, and per assistant turn of a conversation; `report`, a DataReport, is filled in.
 
     Prompt and answer are tokenised apart, so no token spans their boundary: at generation the prompt ends there
     too. Too long rows lose the end of the answer (and with it the eos), never a part of the prompt.
+    faults: a list for what is wrong with records, which are then left out, instead of a ValueError.
     """
     report = DataReport() if report is None else report
+    options = dict(use_chat_template=use_chat_template, system_prompt=system_prompt)
     examples = []
-    for number, record in enumerate(records, 1):
-        where = place_of(records, number)
-        prompt, answers = prompt_of(record, where), answers_of(record, where)
-        try:
-            prompt_ids = encode_prompt(
-                tokenizer, prompt, use_chat_template=use_chat_template, system_prompt=system_prompt
-            )
-        except ValueError as e:
-            raise ValueError(f"{where}: {e}") from e
-        for n, answer in enumerate(answers, 1):
-            id = f"{number}.{n}" if len(answers) > 1 else str(number)
+    for number, where, record in located(records):
+        turns = []
+        with _located(where, faults):
+            turns = [(encode_prompt(tokenizer, prompt, **options), answer) for prompt, answer in turns_of(record, where)]
+        for n, (prompt_ids, answer) in enumerate(turns, 1):
+            id = f"{number}.{n}" if len(turns) > 1 else str(number)
             if len(prompt_ids) >= max_seq_len:
                 report.dropped += 1
                 report.long_prompts.append(id)
@@ -333,21 +177,22 @@ class JudgedProblem:
         return [(*pair, margin) for pair, margin in self.pairs.items()] or [(i, j, None) for i in right for j in wrong]
 
 
-def judged_problems(records, *, seed=0):
+def judged_problems(records, *, seed=0, faults=None):
     """(kind, problems): what the records say about responses, those to the same prompt together.
 
     The kind is a key of JUDGED. The first record's fields tell it and the others must follow. Of "solutions", which are
     all right, one wrong twin each is made by `corrupt_numbers`; a solution without a number in it gets none.
+    faults: a list for what is wrong with records, which are then left out, instead of a ValueError.
     """
-    kind = _judged_kind(records[0], place_of(records, 1))
+    kind = _judged_kind(records[0], next(located(records))[1])
     add = {"pairs": _add_pairs, "ranking": _add_ranking, "labels": _add_labelled, "solutions": _add_solutions}[kind]
     problems = {}
-    for number, record in enumerate(records, 1):
-        where = place_of(records, number)
-        if _judged_kind(record, where) != kind:
-            raise ValueError(f"{where}: expected {JUDGED[kind]} as in record 1 (keys: {', '.join(map(str, record))})")
-        prompt = prompt_of(record, where)
-        add(problems.setdefault(repr(prompt), JudgedProblem(prompt, where, str(number))), record, where)
+    for number, where, record in located(records):
+        with _located(where, faults):
+            if _judged_kind(record, where) != kind:
+                raise ValueError(f"{where}: expected {JUDGED[kind]} as in record 1 (keys: {keys_of(record)})")
+            prompt = preference_of(record, where)[0] if kind == "pairs" else prompt_of(record, where)
+            add(problems.setdefault(repr(prompt), JudgedProblem(prompt, where, str(number))), record, where)
     if kind == "solutions":
         for problem in problems.values():
             generator = random.Random(f"{seed}/{problem.id}")
@@ -364,14 +209,14 @@ def _judged_kind(record, where):
         return "ranking"
     if "correct" in record or "label" in record:
         return "labels"
-    if "messages" in record or any(answer in record for _, answer in SCHEMAS):
+    if "messages" in record or "conversations" in record or any(answer in record for _, answer in SCHEMAS):
         return "solutions"
     expected = "; ".join(JUDGED.values())
-    raise ValueError(f"{where}: no judged response (keys: {', '.join(map(str, record)) or 'none'}). Expected {expected}")
+    raise ValueError(f"{where}: no judged response (keys: {keys_of(record)}). Expected {expected} (docs/DATA.md)")
 
 
 def _add_pairs(problem, record, where):
-    sides = [[problem.place(text) for text in _texts(record, name, where)] for name in ("chosen", "rejected")]
+    sides = [[problem.place(text) for text in texts] for texts in preference_of(record, where)[1:]]
     margin = _number(record["margin"], "margin", where) if record.get("margin") is not None else None
     for better in sides[0]:
         for worse in sides[1]:
@@ -380,10 +225,10 @@ def _add_pairs(problem, record, where):
 
 def _add_ranking(problem, record, where):
     name = "responses" if "responses" in record else "outputs"
-    texts = _texts(record, name, where)
+    texts = texts_field(record, name, where)
     scores = record.get("scores", list(range(len(texts), 0, -1)))
     if not isinstance(scores, list) or len(scores) != len(texts) or len(texts) < 2:
-        found = f"{len(scores)} scores" if isinstance(scores, list) else _type_name(scores)
+        found = f"{len(scores)} scores" if isinstance(scores, list) else type_name(scores)
         raise ValueError(f'{where}: "{name}" needs at least 2 entries and "scores" as many: {len(texts)} {name}, {found}')
     scores = [_number(score, "scores", where) for score in scores]
     places = [problem.place(text) for text in texts]
@@ -404,7 +249,7 @@ def _add_labelled(problem, record, where):
             'If it is the right answer to the problem, leave it out, or say in "correct" whether the output is right'
         )
     if not isinstance(finished, bool):
-        raise ValueError(f'{where}: "finished" must be true or false, found {_type_name(finished)}')
+        raise ValueError(f'{where}: "finished" must be true or false, found {type_name(finished)}')
     if text or finished:  # else there is no token to judge
         n = len(problem.responses)
         problem.duplicates += problem.place(text, finished, int(label)) < n
@@ -413,15 +258,6 @@ def _add_labelled(problem, record, where):
 def _add_solutions(problem, record, where):
     for text in answers_of(record, where):
         problem.place(text, label=1)
-
-
-def _texts(record, name, where):
-    """record[name]: a string, or a list of strings with at least one."""
-    if isinstance(record.get(name), list):
-        if not record[name] or not all(isinstance(text, str) for text in record[name]):
-            raise ValueError(f'{where}: "{name}" must be a string or a list of strings, with at least one')
-        return record[name]
-    return [text_field(record, name, where)]
 
 
 def _number(value, name, where):
@@ -522,10 +358,8 @@ def verifier_examples(
     options = dict(use_chat_template=use_chat_template, system_prompt=system_prompt)
     kept = []
     for problem in problems:
-        try:
+        with _located(problem.where):
             prompt_ids = encode_prompt(tokenizer, problem.prompt, **options)
-        except ValueError as e:
-            raise ValueError(f"{problem.where}: {e}") from e
         pairs = problem.all_pairs() if loss == "pairwise" else []
         report.duplicates += problem.duplicates
         if len(prompt_ids) >= max_seq_len:

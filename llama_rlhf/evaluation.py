@@ -9,13 +9,14 @@ import time
 
 import torch
 
-from llama_rlhf.data import encode_prompt, encode_response, pack, read_records
+from llama_rlhf.data import encode_prompt, encode_response, pack
 from llama_rlhf.generation import Statistics, generate
 from llama_rlhf.models.transformer import CausalLM, ValueModel
 from llama_rlhf.parallel import groups
+from llama_rlhf.records import read_records
 from llama_rlhf.reward import pairs_by_label, probability, score_together, show_verifier, verifier_metrics
 from llama_rlhf.sampling import Sampling
-from llama_rlhf.scoring import compare_paired, pass_at_k, selection, wilson_interval
+from llama_rlhf.scoring import pass_at_k, selection, wilson_interval
 from llama_rlhf.trainer import response_logprobs
 
 
@@ -49,6 +50,8 @@ def answer(model: CausalLM, tokenizer, task, problems, prompts: list[list[int]],
            max_seq_len: int, n_samples: int = 1, sampling: Sampling = Sampling(), progress: bool = True) -> tuple[list[dict], dict]:
     """Collective. Generate for every problem and score by the task's rules: one row per answer, and what it took.
 
+    task: see llama_rlhf/tasks. A row's "points" are what a reward would be made of, "correct" is whether the answer is right.
+
     Data-parallel replicas share the problems. Every rank returns the same.
     """
     bar = None
@@ -76,7 +79,7 @@ def answer(model: CausalLM, tokenizer, task, problems, prompts: list[list[int]],
             text = tokenizer.decode(completion.tokens)
             score = task.score(problems[i], text, completion.finished, rule=rule)
             rows.append({"id": problems[i].id, "sample": completion.sample, "prompt": problems[i].prompt, "response": text,
-                         "answer": score["answer"], "label": problems[i].label, "correct": bool(score["score"]),
+                         "answer": score["answer"], "label": problems[i].label, "correct": score["correct"][rule], "points": score["score"],
                          "finished": completion.finished, "n_tokens": len(completion.tokens), "answers": score["answers"],
                          "correct_by_rule": score["correct"]})
     gathered = groups.gather_objects((rows if groups.tp_rank() == 0 else [], statistics if groups.tp_rank() == 0 else None))
@@ -107,10 +110,10 @@ def read_samples(path: str, rule: str) -> list[dict]:
     needed = ("id", "sample", "prompt", "response", "finished", "n_tokens", "answers", "correct_by_rule")
     for number, row in enumerate(rows, 1):
         if missing := [name for name in needed if name not in row]:
-            raise ValueError(f'{path}, record {number}: missing "{missing[0]}" (keys: {", ".join(row)}). '
+            raise ValueError(f'{rows.where(number)}: missing "{missing[0]}" (keys: {", ".join(row)}). '
                              "Give a samples.jsonl that solver_evaluate.py has written.")
         if rule not in row["answers"]:
-            raise ValueError(f"--rule {rule!r}: {path} has the answers by {', '.join(row['answers'])}")
+            raise ValueError(f"--rule {rule!r}: {path} has the answers by {', '.join(row['answers'])}; give the --task and --rule they were made with")
         row |= {"answer": row["answers"][rule], "correct": row["correct_by_rule"][rule]}
     return sorted(rows, key=lambda row: (row["id"], row["sample"]))
 
@@ -137,20 +140,15 @@ def score_samples(model: ValueModel, tokenizer, rows: list[dict], **prompt_optio
         rows[i] |= {"score": score, "weight": weight}
 
 
-def select(rows: list[dict], score: dict, against: tuple[str, dict[int, bool]] | None = None) -> dict:
+def select(rows: list[dict], score: dict) -> dict:
     """What a verifier's scores are worth in choosing among the answers to a problem: scoring.selection and reward.verifier_metrics.
 
-    score: of the verifier's manifest.  against: another system's name and, by problem, whether it was right.
+    score: of the verifier's manifest.
     """
     problems = {}
     for row in rows:
         problems.setdefault(row["id"], []).append(row)
-    metrics, right = selection(list(problems.values()))
-    if against is not None:
-        name, theirs = against
-        common = [i for i, problem in enumerate(problems) if problem in theirs]
-        was, now = [theirs[problem] for problem in problems if problem in theirs], [right["best of n"][i] for i in common]
-        metrics["paired"][f"best of n against {name}"] = {**compare_paired(was, now), "accuracy": sum(was) / len(was)}
+    metrics, _ = selection(list(problems.values()))
     ids, labels = [row["id"] for row in rows], [int(row["correct"]) for row in rows]
     pairs = pairs_by_label(ids, labels)
     return metrics | {"verifier": verifier_metrics([row["score"] for row in rows], [row["n_tokens"] for row in rows], ids, score, pairs, labels)}
@@ -209,7 +207,8 @@ def summarize(rows: list[dict], rule: str) -> dict:
             passes[str(k)] = sum(pass_at_k(k_max, sum(group), k) for group in groups_of.values()) / len(groups_of)
     return {"rule": rule, "accuracy": right / n, "interval": interval(right), "correct": right, "n": n, "n_problems": n_problems, "rules": rules,
             "finished_share": sum(row["finished"] for row in rows) / n,
-            "mean_tokens": sum(row["n_tokens"] for row in rows) / n, **({"pass_at_k": passes} if passes else {})}
+            "mean_tokens": sum(row["n_tokens"] for row in rows) / n, **({"pass_at_k": passes} if passes else {}),
+            **({"mean_points": sum(points) / n} if (points := [row.get("points", row["correct"]) for row in rows]) != [row["correct"] for row in rows] else {})}
 
 
 def show(metrics: dict) -> str:
@@ -220,58 +219,11 @@ def show(metrics: dict) -> str:
              "by rule: " + ", ".join(f"{name} {value['accuracy']:.1%}" for name, value in metrics["rules"].items()),
              f"finished {metrics['finished_share']:.1%}, {metrics['mean_tokens']:.0f} tokens per answer"
              + (f", {metrics['tokens_per_second']} tokens/s, {metrics['seconds']} s" if "seconds" in metrics else "")]
+    if "mean_points" in metrics:
+        lines.append(f"points {metrics['mean_points']:.3f} on average: the task gives parts of one for answers that are nearly right")
     if "reference_loss" in metrics:
         lines.append(f"reference solutions: loss {metrics['reference_loss']:.4f}, perplexity {metrics['reference_perplexity']:.3f} "
                      f"over {metrics['reference_tokens']} tokens")
     if "pass_at_k" in metrics:
         lines.append("pass@k: " + ", ".join(f"{k}: {value:.1%}" for k, value in metrics["pass_at_k"].items()))
     return "\n".join(lines)
-
-
-def compare_runs(log_dirs: list[str]) -> str:
-    """A table of evaluations (one line each) and, for each against the first, the paired exact McNemar test on common items.
-
-    Judged by the first run's headline rule throughout; the test takes the first sample of each problem.
-    """
-    runs = [(log_dir, *_read_run(log_dir)) for log_dir in log_dirs]
-    rule = runs[0][1]["rule"]
-    width = max(len(log_dir) for log_dir, *_ in runs)
-    lines = [f"{'run':{width}}  accuracy  95 % interval        A      B      C      D  finished  tokens"]
-    for log_dir, metrics, _ in runs:
-        low, high = metrics["rules"][rule]["interval"]
-        by_rule = "".join(f"{metrics['rules'][rule]['accuracy']:7.1%}" for rule in "ABCD")
-        lines.append(f"{log_dir:{width}}  {metrics['rules'][rule]['accuracy']:8.1%}  {low:6.1%} to {high:6.1%} {by_rule}  {metrics['finished_share']:8.1%}"
-                     f"  {metrics['mean_tokens']:6.0f}")
-        if chosen := metrics.get("selection"):      # a verifier was asked, under that run's own rule
-            best = chosen["ways"]["best of n"]
-            lines.append(f"{'  best of ' + str(chosen['n_samples']):{width}}  {best['accuracy']:8.1%}  {best['interval'][0]:6.1%} to {best['interval'][1]:6.1%}"
-                         f"   of {chosen['n_problems']} problems, by the verifier; majority vote {chosen['ways']['majority vote']['accuracy']:.1%}")
-    first_name, _, first = runs[0]
-    for name, _, rows in runs[1:]:
-        if differing := [key for key in first.keys() & rows.keys() if first[key]["prompt"] != rows[key]["prompt"]]:
-            raise ValueError(f"{first_name} and {name} answered different problems (first: id {differing[0][0]}); compare runs on one label_file")
-        common = sorted(key for key in first.keys() & rows.keys() if key[1] == 0)
-        pair = compare_paired(*([answers[key]["correct_by_rule"][rule] for key in common] for answers in (first, rows)))
-        lines.append(f"{name} against {first_name}, {pair['n']} common problems, rule {rule}: {pair['gained']} became right, "
-                     f"{pair['lost']} became wrong, McNemar p = {pair['p']:.2g}")
-    return "\n".join(lines)
-
-
-def first_answers(log_dir: str, rows: list[dict], rule: str) -> dict[int, bool]:
-    """Whether the first answer of an earlier evaluation was right, by problem. ValueError if it has no problem in common with rows."""
-    prompts = {row["id"]: row["prompt"] for row in rows}
-    theirs = {problem: row for (problem, sample), row in _read_run(log_dir, "--against")[1].items() if sample == 0 and problem in prompts}
-    differing = [problem for problem, row in theirs.items() if row["prompt"] != prompts[problem]]
-    if differing or not theirs:
-        raise ValueError(f"--against {log_dir}: that evaluation answered different problems" + (f" (first: id {differing[0]})" if differing else ""))
-    return {problem: row["correct_by_rule"][rule] for problem, row in theirs.items()}
-
-
-def _read_run(log_dir: str, flag: str = "--compare") -> tuple[dict, dict]:
-    paths = [os.path.join(log_dir, name) for name in ("metrics.json", "samples.jsonl")]
-    for path in paths:
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path}: not there. {flag} takes log_dirs that solver_evaluate.py has written.")
-    with open(paths[0]) as metrics, open(paths[1]) as samples:
-        rows = [json.loads(line) for line in samples]
-        return json.load(metrics), {(row["id"], row["sample"]): row for row in rows}

@@ -8,7 +8,6 @@ the models, and group baselines, whitening and statistics become plain functions
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import math
 import os
@@ -24,6 +23,7 @@ from llama_rlhf.models.transformer import ValueModel
 from llama_rlhf.parallel import groups
 from llama_rlhf.reward import normalise, score_responses
 from llama_rlhf.sampling import Sampling
+from llama_rlhf.tasks import import_file
 from llama_rlhf.trainer import final_scores, response_logprobs, response_values
 
 _PASS_TOKENS = 4096         # forward passes without gradient go by packs of about this many tokens
@@ -174,7 +174,8 @@ class Reward:
     """What a response is worth: a weighted sum of a reward model, the task's rule, and a function of the user's.
 
     model: scores prompt and response; normalised by the offset and scale in its checkpoint.
-    task, rule, rule_weight: 1 for a right answer, 0 for a wrong one, under the task's rule. With weight 0 it is only recorded.
+    task, rule, rule_weight: 1 for a right answer, 0 for a wrong one, under the task's rule (some give parts of 1). With weight 0
+    it is only recorded.
     function: (prompt text, response text, reference label or None) -> number.
     """
 
@@ -190,9 +191,10 @@ class Reward:
         """(right or not, weighted parts) from what needs no model."""
         correct, parts = None, {}
         if self.task is not None and prompt.problem is not None:
-            correct = bool(self.task.score(prompt.problem, text, finished, rule=self.rule, reward=True)["score"])
+            score = self.task.score(prompt.problem, text, finished, rule=self.rule, reward=True)
+            correct = score["correct"][self.rule]
             if self.rule_weight:
-                parts["rule"] = self.rule_weight * correct
+                parts["rule"] = self.rule_weight * score["score"]
         if self.function is not None:
             value = self.function(prompt.text, text, getattr(prompt.problem, "label", None))
             try:
@@ -207,10 +209,7 @@ def load_reward_function(spec: str) -> Callable:
     path, _, name = spec.rpartition(":")
     if not path or not os.path.isfile(path):
         raise FileNotFoundError(f"--reward_function {spec}: give FILE.py:NAME of a function (prompt, response, label) -> number")
-    module_spec = importlib.util.spec_from_file_location("reward_function", path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    function = getattr(module, name, None)
+    function = getattr(import_file(path), name, None)
     if not callable(function) or len(inspect.signature(function).parameters) != 3:
         raise ValueError(f"--reward_function {spec}: {path} has no function {name}(prompt, response, label)")
     return function

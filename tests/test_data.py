@@ -1,12 +1,12 @@
 """Reading records, building training examples, and the order of an epoch."""
 
 import json
+import random
 
 import pytest
 
-from llama_rlhf.data import (
-    DataReport, Example, batches, encode_prompt, prompt_of, read_records, sft_examples, show_example,
-)  # fmt: skip
+from llama_rlhf.data import DataReport, Example, batches, encode_prompt, sft_examples, show_example
+from llama_rlhf.records import preference_of, prompt_of, read_records, turns_of
 from llama_rlhf.tokenizer import load_tokenizer
 
 BOS, EOS = 256, 257
@@ -52,12 +52,32 @@ def test_json_list_and_json_lines_read_alike(tmp_path):
         (b'[{"a": 1}, 7]', r"data.json, line 1, record 2: expected an object {...}, found a number"),
         (b'"text"', "record 1: expected an object {...}, found a string"),
         (b"\xff\xfe", "not UTF-8"),
+        (b'{"a": "b"}\n{"a": "\xe9"}\n', "data.json, line 2 is not UTF-8 text"),
+        (b'[{"a": "b"},\n{"a": "\xe9"}]\n', "data.json, after line 1, is not UTF-8 text"),
+        (b'[{"a": 1},]', "line 1, column 11: not valid json"),
+        (b'[{"a": 1}', r"line 1, column 10: not valid json \(expected , or \]"),
+        (b'[{"a": 1} {"a": 2}]', "line 1, column 11: not valid json"),
+        (b'[{"a": 1}]\n[]', r"line 1: more text after the end of the list"),
+        (b"[" * 100000, "line 1, record 1: maximum recursion depth"),
+        (b'{"a": ' + b"7" * 5000 + b"}", "line 1: Exceeds the limit"),
+        (b'[{"a": 1},\n\n7]', "data.json, line 3, record 2: expected an object"),
     ],
 )
 def test_unreadable_data_is_located(tmp_path, content, message):
     (tmp_path / "data.json").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_records(tmp_path / "data.json")
+
+
+def test_columns_count_from_the_start_of_the_line_in_a_long_list(tmp_path):
+    """A list is read in windows; the fault's place must not depend on them."""
+    text = "[" + ", ".join(json.dumps({"a": "x" * n}) for n in range(900)) + ",\n {}, {oops}]"
+    for content in (text, text.replace("\n", "")):
+        (tmp_path / "x.json").write_text(content)
+        with pytest.raises(json.JSONDecodeError) as whole:
+            json.loads(content)
+        with pytest.raises(ValueError, match=rf"line {whole.value.lineno}, column {whole.value.colno}: not valid json"):
+            read_records(tmp_path / "x.json")
 
 
 def test_missing_file_is_named(tmp_path):
@@ -77,11 +97,15 @@ def test_missing_file_is_named(tmp_path):
         ({"instruction": "a", "output": ["b", 1]}, 'record 2: "output" must be a string or a list of strings'),
         ({"instruction": "a", "input": ["x"], "output": "b"}, 'record 2: "input" must be a string, found a list'),
         ({"messages": "hi"}, 'record 2: "messages" must be a list'),
-        ({"messages": [{"role": "user"}]}, r'record 2, message 1: missing "content" \(keys: role\)'),
+        ({"messages": [{"role": "user"}]}, r'record 2, "messages" 1: missing "content" \(keys: role\)'),
+        ({"messages": []}, 'record 2: "messages" must be a list'),
+        ({"conversations": [{"from": "human", "value": 3}]}, 'record 2, "conversations" 1: "content" must be a string'),
+        ({"instruction": "a", "output": "half \ud800"}, 'record 2: "output" holds half a character'),
+        ({"prompt": [{"role": "user"}], "completion": "x"}, r'record 2, "prompt" 1: missing "content"'),
         ({"messages": [{"role": "user", "content": "x"}]}, 'record 2: "messages" needs an "assistant" turn'),
         (
-            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
-            "record 2: chat messages can only be encoded .*use_chat_template",
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}] * 2},
+            "record 2: a conversation of several turns can only be encoded .*use_chat_template",
         ),
     ],
 )
@@ -131,12 +155,109 @@ def test_chat_and_system_prompts_by_hand(tokenizer):
     assert encode_prompt(tokenizer, "x", use_chat_template=True, system_prompt="S") == [BOS, *ids("s:S;u:x;a:")]
 
 
-def test_last_assistant_turn_is_trained(tokenizer):
+def test_each_assistant_turn_is_trained_after_all_before_it(tokenizer):
     turns = [("system", "S"), ("user", "x"), ("assistant", "y"), ("user", "z"), ("assistant", "w"), ("user", "bye")]
     record = {"messages": [{"role": role, "content": content} for role, content in turns]}
-    (example,) = sft_examples([record], tokenizer, max_seq_len=99, use_chat_template=True, system_prompt="not this")
-    assert example.tokens[: example.prompt_len] == [BOS, *ids("s:S;u:x;a:y;u:z;a:")]
-    assert example.tokens[example.prompt_len :] == [*ids("w"), EOS]
+    for given in (record, {"conversations": [{"from": {"user": "human", "assistant": "gpt"}.get(r, r), "value": c} for r, c in turns]}):
+        examples = sft_examples([given], tokenizer, max_seq_len=99, use_chat_template=True, system_prompt="not this")
+        assert [e.id for e in examples] == ["1.1", "1.2"]
+        assert [e.tokens[: e.prompt_len] for e in examples] == [[BOS, *ids("s:S;u:x;a:")], [BOS, *ids("s:S;u:x;a:y;u:z;a:")]]
+        assert [e.tokens[e.prompt_len :] for e in examples] == [[*ids("y"), EOS], [*ids("w"), EOS]]
+        assert prompt_of(given, "") == record["messages"][:4]
+    assert prompt_of({"messages": record["messages"][:2]}, "") == record["messages"][:2], "a prompt that waits for its answer"
+
+
+def test_a_system_field_comes_before_the_prompt_with_and_without_template(tokenizer):
+    record = {"query": "x", "response": "y", "system": "S"}
+    for options, text in (({}, "S\nx\n"), ({"use_chat_template": True, "system_prompt": "not this"}, "s:S;u:x;a:")):
+        (example,) = sft_examples([record], tokenizer, max_seq_len=99, **options)
+        assert example.tokens[: example.prompt_len] == [BOS, *ids(text)]
+    one_turn = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    assert sft_examples([one_turn], tokenizer, max_seq_len=99) == sft_examples([{"query": "x", "response": "y"}], tokenizer, max_seq_len=99)
+
+
+def test_preferences_are_texts_conversations_or_written_dialogues():
+    user, good, bad = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, {"role": "assistant", "content": "z"}
+    assert preference_of({"prompt": "x", "chosen": "y", "rejected": ["z", "w"]}, "") == ("x", ["y"], ["z", "w"])
+    assert preference_of({"prompt": "x", "chosen": [user, good], "rejected": [user, bad]}, "") == ([user], ["y"], ["z"])
+    assert preference_of({"prompt": [user], "chosen": [good], "rejected": [bad]}, "") == ([user], ["y"], ["z"])
+    written = {"chosen": "\n\nHuman: x\n\nAssistant: y", "rejected": "\n\nHuman: x\n\nAssistant: z"}
+    assert preference_of(written, "") == ([user], ["y"], ["z"]) and prompt_of(written, "") == [user]
+    for record, message in (
+        ({"chosen": [user, good], "rejected": [good, user, bad]}, "differ in the last turn only"),
+        ({"prompt": "x", "chosen": [user], "rejected": [user]}, "must end with an assistant turn, not 'user'"),
+        ({"prompt": "x", "chosen": "y"}, 'missing "rejected"'), ({"chosen": "y", "rejected": "z"}, r"no prompt \(keys: chosen, rejected\)"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            preference_of(record, "f, record 1")
+
+
+def test_faults_can_be_collected_and_the_good_records_kept(tmp_path, tokenizer):
+    (tmp_path / "x.jsonl").write_text('{"query": "a", "response": "b"}\n{oops\n\n{"query": "a"}\n[]\n{"query": "c", "response": "d"}\n')
+    faults = []
+    records = read_records(tmp_path / "x.jsonl", faults)
+    examples = sft_examples(records, tokenizer, max_seq_len=99, faults=faults)
+    assert [e.id for e in examples] == ["1", "3"] and records.where(3).endswith("x.jsonl, line 6, record 3")
+    assert [fault.split("x.jsonl, ")[1][:17] for fault in faults] == ["line 2, column 2:", "line 5, record 3:", "line 4, record 2:"]
+
+
+def test_no_record_and_no_file_makes_anything_but_a_value_error(tmp_path):
+    """Random records out of every known field, and a good file with random damage; seeded."""
+    from llama_rlhf.data import judged_problems
+    from llama_rlhf.records import answers_of
+    from llama_rlhf.tasks import answers, gsm8k
+    draw = random.Random(0)
+    turn = {"role": "user", "content": "x"}
+    values = ["a", "", None, 1, 1.5, float("nan"), True, [], ["a"], [1], {}, turn, [turn, {"role": "assistant", "content": "y"}], [{"role": 3}], [None], "#### 3",
+              [{"from": "human", "value": "a"}, {"from": ["x"], "value": 3}], "\ud800", "\n\nHuman: a\n\nAssistant: b", "\n\nHuman:"]
+    keys = ("instruction input output query response question answer prompt completion messages conversations chosen rejected margin responses outputs scores "
+            "label correct finished system").split()
+    readers = [prompt_of, turns_of, answers_of, preference_of, lambda r, _: judged_problems([r]), lambda r, w: gsm8k._problem(1, w, r),
+               lambda r, w: answers._problem(1, w, r)]
+    outcomes = []
+    for _ in range(500):
+        record = {key: draw.choice(values) for key in draw.sample(keys, draw.randint(0, 6))}
+        for reader in readers:
+            outcomes.append(succeeds(reader, record, "w"))
+    good = json.dumps([{"instruction": "a\n", "output": "é"}, {"x": [1, 2, {"y": None}]}], ensure_ascii=False).encode()
+    for i in range(500):
+        data = bytearray(good if i % 2 else good.replace(b", {", b"\n{")[1:-1])
+        at = draw.randrange(len(data))
+        data[at : at + draw.choice([0, 0, 1, 9])] = bytes(draw.choices(b'[]{}",:0e\\ \n\xff\xc3', k=draw.randint(0, 3)))
+        (tmp_path / "x").write_bytes(data)
+        outcomes += [succeeds(read_records, tmp_path / "x", faults) for faults in (None, [])]
+    assert len(outcomes) == 4500 and 300 < sum(outcomes) < 4200
+
+
+def succeeds(function, *arguments):
+    try:
+        function(*arguments)
+        return True
+    except ValueError:
+        return False
+
+
+def test_parquet_gives_the_same_records(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pip install pyarrow to run this")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"instruction": "é", "output": ["b", "c"]}, {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}]
+    names = ("instruction", "output", "messages")
+    table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
+    parquet.write_table(table, tmp_path / "x.data")         # what it is shows in the content, not in the name
+    records = read_records(tmp_path / "x.data")
+    assert records == rows and records.where(2) == f"{tmp_path}/x.data, record 2"
+    assert [answer for n in (0, 1) for _, answer in turns_of(records[n], "")] == ["b", "c", "y"]
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "x.data").read_bytes()[:-20])
+    with pytest.raises(ValueError, match="cut.parquet is no readable parquet file"):
+        read_records(tmp_path / "cut.parquet")
+
+
+def test_parquet_without_pyarrow_names_the_remedy(tmp_path, monkeypatch):
+    import sys
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "x.parquet").write_bytes(b"PAR1....")
+    with pytest.raises(ValueError, match="pip install pyarrow"):
+        read_records(tmp_path / "x.parquet")
 
 
 def test_answers_are_cut_never_prompts(tokenizer):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_rlhf.tasks import TASKS, get_task, gsm8k
+from llama_rlhf.tasks import get_task, gsm8k
 
 # (text, rule A, rule B, rule C, rule D). Columns A to C were made by running the published regular expressions.
 EXPECTED = [
@@ -235,7 +235,7 @@ def test_line_separators_inside_a_record_do_not_split_it(tmp_path):
     """str.splitlines() also splits at U+2028, which JSON allows unescaped inside text."""
     lines = ['{"question": "How\u2028many?", "answer": "#### 1"}\r', "", '{"question": "b", "answer": "#### 2"}']
     file = write(tmp_path / "a.jsonl", "\n".join(lines))
-    assert [(p.id, p.prompt) for p in gsm8k.load(file)] == [(1, "How\u2028many?"), (3, "b")]
+    assert [(p.id, p.prompt) for p in gsm8k.load(file)] == [(1, "How\u2028many?"), (2, "b")]
 
 
 def test_label_field_may_replace_the_last_line_but_not_contradict_it(tmp_path):
@@ -243,30 +243,32 @@ def test_label_field_may_replace_the_last_line_but_not_contradict_it(tmp_path):
     file = write(tmp_path / "a.json", json.dumps(records))
     assert [(p.solution, p.label) for p in gsm8k.load(file)] == [("", "1200"), ("is 3", "3")]
     file = write(tmp_path / "b.json", '[{"instruction": "a", "output": "#### 4", "label": "5"}]')
-    with pytest.raises(ValueError, match='record 1: "label" says 5 but "output" ends in #### 4'):
+    with pytest.raises(ValueError, match='record 1: "label" says 5 but the solution ends in #### 4'):
         gsm8k.load(file)
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "no records"),
+        ("", "is empty"),
         ("[]", "no records"),
+        ('[{"instruction": "a", "output": 3, "label": 3}]', '"output" must be a string, found a number'),
+        ('[{"instruction": "a", "label": [3]}]', '"label" must be a number, found a list'),
         (
             '[{"instruction": "a", "output": "#### 1"}, {"instruction": "b", "answer": "2"}]',
             'record 2: missing "output" (keys: instruction, answer)',
         ),
         (
             '{"question": "a", "answer": "#### 1"}\n{"answer": "#### 1"}',
-            'record 2: missing "instruction" (keys: answer)',
+            'line 2, record 2: no prompt (keys: answer). Expected "instruction" and "output"',
         ),
         ('{"question": "a"}', 'record 1: missing "answer" (keys: question)'),
         ('[\n{"instruction": "a",\n "output" "#### 1"}]', "line 3, column 11: not valid json"),
         ('{"question": "a", "answer": "#### 1"}\n{oops}', "line 2, column 2: not valid json"),
         ('["a"]', "record 1: expected an object"),
-        ('[{"instruction": 5, "output": "#### 1"}]', 'record 1: "instruction" must be text, got \'5\''),
-        ('[{"instruction": " ", "output": "#### 1"}]', 'record 1: "instruction" is empty'),
-        ('[{"instruction": "a", "output": "it is 1"}]', 'record 1: "output" has no line "#### number"'),
+        ('[{"instruction": 5, "output": "#### 1"}]', 'record 1: "instruction" must be a string, found a number'),
+        ('[{"instruction": " ", "output": "#### 1"}]', "record 1: the question is empty"),
+        ('[{"instruction": "a", "output": "it is 1"}]', 'record 1: the solution has no line "#### number"'),
         ('[{"instruction": "a", "output": "#### one"}]', "record 1: label '#### one' is neither a number"),
     ],
 )
@@ -278,8 +280,8 @@ def test_bad_file_is_reported_with_its_place(tmp_path, text, message):
     assert str(file) in str(caught.value)
 
 
-def test_missing_file_says_where_problems_come_from(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere.json: no such file.*dataset/GSM8K"):
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.json' does not exist"):
         gsm8k.load(tmp_path / "nowhere.json")
 
 
@@ -291,7 +293,7 @@ def test_byte_order_mark_is_no_part_of_the_text(tmp_path):
 def test_file_in_another_encoding_is_refused_by_name(tmp_path):
     file = tmp_path / "latin.json"
     file.write_bytes('[{"instruction": "caf\xe9", "output": "#### 1"}]'.encode("latin-1"))
-    with pytest.raises(ValueError, match="latin.json is not UTF-8"):
+    with pytest.raises(ValueError, match="latin.json, after line 1, is not UTF-8"):
         gsm8k.load(file)
 
 
@@ -311,12 +313,12 @@ def test_rule_a_equals_rule_d_on_every_official_reference_solution():
 
 
 def test_get_task_finds_gsm8k_and_suggests_the_nearest_name():
-    assert get_task("GSM8K") is TASKS["GSM8K"] is gsm8k
-    with pytest.raises(ValueError, match="unknown task 'gsm8'. Known tasks: GSM8K. Did you mean 'GSM8K'?"):
+    assert get_task("GSM8K") is get_task("gsm8k") is gsm8k
+    with pytest.raises(ValueError, match="unknown task 'gsm8'. Known tasks: answers, gsm8k, reasoning_gym, or FILE.py .* Did you mean 'gsm8k'?"):
         get_task("gsm8")
 
 
 def test_importing_the_task_loads_no_torch():
-    code = "import sys, llama_rlhf.tasks, llama_rlhf.scoring; sys.exit('torch' in sys.modules)"
+    code = "import sys, llama_rlhf.tasks.reasoning_gym, llama_rlhf.comparison, llama_rlhf.data; sys.exit('torch' in sys.modules)"
     root = Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

@@ -151,7 +151,7 @@ def test_errors_are_one_sentence_on_every_rank(toy, split, tmp_path):
     assert "--limit 0" in first_line(evaluate(limit=0))
     line = first_line(evaluate(max_seq_len=5))
     assert "record 1" in line and "max_seq_len is 5" in line
-    assert "GSM8K" in first_line(evaluate(task="GSM9K"))
+    assert "gsm8k" in first_line(evaluate(task="GSM9K"))
     assert not (tmp_path / "never" / "epoch-1").exists()
 
 
@@ -259,7 +259,7 @@ def test_compare_judges_all_runs_by_one_rule(toy, split, tmp_path):
         (code, _, err), = run_script(1, "solver_evaluate.py", ckpt_dir=split, log_dir=tmp_path / name, label_file=toy / "test.json", rule=rule,
                                      max_new_tokens=12)
         assert code == 0, err
-    from llama_rlhf.evaluation import compare_runs
+    from llama_rlhf.comparison import compare_runs
     table = compare_runs([str(tmp_path / "a"), str(tmp_path / "d")])
     assert "rule A: 0 became right, 0 became wrong" in table     # the same model: only the rules differ
 

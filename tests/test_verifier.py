@@ -12,8 +12,9 @@ from test_scripts import first_line, lines_of, split, toy  # noqa: F401  fixture
 from toys import make_hf
 
 from llama_rlhf.data import (
-    Judged, JudgedReport, Records, corrupt_numbers, encode_prompt, judged_problems, read_records, show_judged, split_problems, verifier_examples,
+    Judged, JudgedReport, corrupt_numbers, encode_prompt, judged_problems, show_judged, split_problems, verifier_examples,
 )
+from llama_rlhf.records import Records, read_records
 from llama_rlhf.scoring import calibration, compare_paired, pair_accuracy, score_by_length, selection, wilson_interval
 from llama_rlhf.tasks import gsm8k
 from llama_rlhf.tokenizer import load_tokenizer
@@ -444,15 +445,13 @@ def test_sample_label_verifier_choose(toy, split, tmp_path):  # noqa: F811
 
     for name, n, tp in (("tp", 2, 2), ("dp", 2, 1), ("one", 1, 1)):
         ranks = run_script(n, "solver_evaluate.py", samples_file=tmp_path / "samples.jsonl", verifier_ckpt_dir=tmp_path / "run", dtype="fp32",
-                           log_dir=tmp_path / name, model_parallel_size=tp, **({"against": tmp_path / "samples"} if name == "one" else {}))
+                           log_dir=tmp_path / name, model_parallel_size=tp)
         assert [code for code, *_ in ranks] == [0] * n, ranks
     assert "best of 4" in ranks[0][1] and "pair accuracy" in ranks[0][1]
     results = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("tp", "dp", "one")]
     assert results[0]["selection"]["ways"] == results[1]["selection"]["ways"] == results[2]["selection"]["ways"]
     assert results[0]["n"] == 80 and results[0]["selection"]["n_samples"] == 4 and len(results[0]["selection"]["by_k"]) == 3
-    paired = results[2]["selection"]["paired"]
-    assert list(paired) == ["best of n against first sample", "best of n against majority vote", f"best of n against {tmp_path / 'samples'}"]
-    assert paired[f"best of n against {tmp_path / 'samples'}"]["lost"] == 0       # there nothing was right
+    assert list(results[2]["selection"]["paired"]) == ["best of n against first sample", "best of n against majority vote"]
     scored = [lines_of(tmp_path / name / "samples.jsonl") for name in ("tp", "dp", "one")]
     for a, b in zip(scored[0], scored[1]):
         assert a["response"] == b["response"] and abs(a["score"] - b["score"]) < 1e-4
@@ -546,6 +545,5 @@ def test_wrong_inputs_are_one_sentence(toy, split, tmp_path):  # noqa: F811
     assert "give either --ckpt_dir" in choose() and "give either --ckpt_dir" in choose(ckpt_dir=split, samples_file=bad)
     assert "--samples_file needs --verifier_ckpt_dir" in choose(samples_file=bad)
     assert "--perplexity needs" in choose(samples_file=bad, verifier_ckpt_dir=split, perplexity=True)
-    assert "--against needs --verifier_ckpt_dir" in choose(ckpt_dir=split, against=tmp_path)
     assert "add --num_samples_per_prompt" in choose(ckpt_dir=split, verifier_ckpt_dir=split)
-    assert 'bad.json, record 1: missing "id"' in choose(samples_file=bad, verifier_ckpt_dir=split)
+    assert 'bad.json, line 1, record 1: missing "id"' in choose(samples_file=bad, verifier_ckpt_dir=split)

@@ -45,7 +45,7 @@ evaluate --ckpt_dir "$RUN/sft" --label_file "$RUN/prompts.json" --limit 1500 --l
 
 say "4. choosing among eight answers to each held-out problem"
 evaluate --ckpt_dir "$RUN/sft" --label_file "$RUN/test.json" --log_dir "$RUN/best-of-8" --num_samples_per_prompt 8 --temperature 1 --seed "$SEED" \
-    --verifier_ckpt_dir "$RUN/verifier" --against "$RUN/sft-test"
+    --verifier_ckpt_dir "$RUN/verifier"
 
 say "5. PPO, the rule as the reward"
 ppo ppo-rule --algorithm ppo --kl_coef 0.01
@@ -57,7 +57,7 @@ say "7. GRPO and RLOO, the rule as the reward"
 ppo grpo --algorithm grpo --kl_coef 0.01
 ppo rloo --algorithm rloo --kl_coef 0.01
 
-say "all of it, greedy, 1000 held-out problems"
-"$PYTHON" solver_evaluate.py --compare "$RUN/sft-test,$RUN/ppo-rule-test,$RUN/ppo-verifier-test,$RUN/grpo-test,$RUN/rloo-test"
+say "all of it on 1000 held-out problems: greedy answers, and best-of-8 of the fine-tuned model"
+"$PYTHON" solver_evaluate.py --limit 0 --compare "$RUN/sft-test,$RUN/best-of-8,$RUN/ppo-rule-test,$RUN/ppo-verifier-test,$RUN/grpo-test,$RUN/rloo-test"
 "$PYTHON" examples/arithmetic/curves.py "$RUN/ppo-rule" "$RUN/ppo-verifier" "$RUN/grpo" "$RUN/rloo"
 say "done; everything is in $RUN"

@@ -1,21 +1,112 @@
-"""The tasks that can be trained on and evaluated: name -> module. No torch here.
+"""The tasks that can be trained on and evaluated: problems, and whether a text answers one. No torch here.
 
-A task module offers `load(file)` -> list of problems and `score(problem, text, finished)` -> dict.
+A task is one file, in this folder or anywhere (`--task my_task.py`), with these names:
+
+    RULES                   the names of its ways to score, RULE the one that counts unless --rule says otherwise
+    TRAIN, TEST             where its problems come from when no file is named; "" if there is no such place
+    load(source, faults=None) -> [Problem]
+    score(problem, text, finished, *, rule=RULE, reward=False) -> `scored(...)`
+
+`finished`: the model ended the text itself. `reward`: the score is trained on, so an unfinished text must not profit from a
+number it merely passed by. `load_file` is all there is to `load` when problems stand in a file. A task whose name goes on after a
+colon, as in `reasoning_gym:chain_sum`, has `task(rest)` instead, which returns an object with those names. docs/TASKS.md has an example.
 """
 
 import difflib
+import importlib
+import importlib.util
+import os
+import pkgutil
+from dataclasses import dataclass, field
 
-from llama_rlhf.tasks import gsm8k
+from llama_rlhf.records import located, read_records
 
-TASKS = {
-    "GSM8K": gsm8k,
-}
+NAMES = ("RULES", "RULE", "TRAIN", "TEST", "load", "score")
+
+
+@dataclass(frozen=True)
+class Problem:
+    id: int  # number of the record in its file, counted from 1
+    prompt: str | list  # text, or chat messages
+    solution: str  # reference solution; "" when there are only labels
+    label: str  # the right answer as people read it
+    more: object = field(default=None, repr=False)  # what else the task needs to score an answer
+
+
+def scored(rule, finished, marks, score=None):
+    """What `score` returns. marks: {rule: (the answer in one spelling per meaning, or None; whether it is right)}.
+
+    score: what a reward is made of, 1 for right and 0 for wrong unless given. Votes count equal answers; they must be equally right.
+    """
+    if rule not in marks:
+        raise ValueError(f"unknown rule {rule!r}. Known rules: {', '.join(marks)}")
+    answer, right = marks[rule]
+    return {
+        "rule": rule,
+        "finished": bool(finished),
+        "answer": answer,
+        "score": float(right) if score is None else score,
+        "answers": {name: mark[0] for name, mark in marks.items()},
+        "correct": {name: bool(mark[1]) for name, mark in marks.items()},
+    }
+
+
+def load_file(file, problem, faults=None):
+    """[problem(number, where, record)] of a file's records; its ValueErrors go to `faults` if that is a list."""
+    problems = []
+    for number, where, record in located(read_records(file, faults)):
+        try:
+            problems.append(problem(number, where, record))
+        except ValueError as error:
+            if faults is None:
+                raise
+            faults.append(str(error))
+    return problems
 
 
 def get_task(name):
-    """The task module called `name`, exactly as spelled in TASKS."""
-    if name in TASKS:
-        return TASKS[name]
-    by_lower = {known.lower(): known for known in TASKS}
-    nearest = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0)[0]
-    raise ValueError(f"unknown task {name!r}. Known tasks: {', '.join(TASKS)}. Did you mean {by_lower[nearest]!r}?")
+    """The task called `name`: a file of this folder (case does not matter), `file:more`, or the path of a file of your own."""
+    if os.path.splitext(name)[1] == ".py":
+        return _complete(import_file(name), f"--task {name}")
+    kind, colon, rest = name.partition(":")
+    known = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    if kind.lower() not in known:
+        nearest = difflib.get_close_matches(kind.lower(), known, n=1, cutoff=0)[0]
+        raise ValueError(f"unknown task {name!r}. Known tasks: {', '.join(known)}, or FILE.py of your own. Did you mean {nearest!r}?")
+    module = importlib.import_module(f"{__name__}.{kind.lower()}")
+    if hasattr(module, "task"):
+        return _complete(module.task(rest), f"--task {name}")
+    if colon:
+        raise ValueError(f"--task {name}: {kind} takes nothing after a colon")
+    return _complete(module, f"--task {name}")
+
+
+def import_file(path):
+    """A module out of a Python file; runs it: it is the user's own code."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    spec = importlib.util.spec_from_file_location(os.path.splitext(os.path.basename(path))[0], path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def choose_rule(task, rule):
+    """The rule that "auto" stands for, or `rule` if the task has it."""
+    if rule != "auto" and rule not in task.RULES:
+        raise ValueError(f"--rule {rule!r}: use auto, or one of {', '.join(task.RULES)}")
+    return task.RULE if rule == "auto" else rule
+
+
+def source_of(task, name, given, which):
+    """The file (or split) named, or the task's own. which: "TRAIN" or "TEST".  name: of the flag."""
+    source = given or getattr(task, which)
+    if not source:
+        raise ValueError(f"this task has no problems of its own: give a file with --{name}")
+    return source
+
+
+def _complete(task, name):
+    if missing := [attribute for attribute in NAMES if not hasattr(task, attribute)]:
+        raise ValueError(f"{name}: a task must define {', '.join(NAMES)}; missing: {', '.join(missing)} (docs/TASKS.md)")
+    return task

@@ -11,12 +11,12 @@ Each `extract_*` returns the answer as its rule compares it, or None. All take t
 under reinforcement learning will sooner or later write the string that makes a careless pattern hang.
 """
 
-import json
 import re
-from dataclasses import dataclass
-from pathlib import Path
 
-from llama_rlhf.data import stream_json
+from llama_rlhf.records import answers_of, is_empty, prompt_of, type_name
+from llama_rlhf.tasks import Problem, load_file, scored
+
+TRAIN, TEST = "dataset/GSM8K/train.json", "dataset/GSM8K/test.json"
 
 # ----------------------------------------------------------------------------------------------------------------
 # Rules A, B and C: as published, quirks included
@@ -89,7 +89,7 @@ def extract_tolerant(text, *, truncated=False):
         text = text.rstrip("0123456789.,$+-")
 
     hash_line = text.partition("####")[2].partition("\n")[0]
-    for place in (hash_line, _last_boxed(text), _after_answer_words(text)):
+    for place in (hash_line, last_boxed(text), after_answer_words(text)):
         number = _NUMBER.search(place)
         if number:
             return _canonical(number)
@@ -101,7 +101,7 @@ def extract_tolerant(text, *, truncated=False):
     return _canonical(number) if number else None
 
 
-def _last_boxed(text):
+def last_boxed(text):
     """What stands in the last \\boxed{...}, nested braces included; "" when there is none or it is not closed."""
     _, found, rest = text.rpartition("\\boxed{")
     depth = 1 if found else 0
@@ -112,11 +112,18 @@ def _last_boxed(text):
     return ""
 
 
-def _after_answer_words(text):
+def after_answer_words(text):
+    """The text after the last "answer is" or "answer:"; "" without."""
     end = len(text)
     for words in _ANSWER_WORDS.finditer(text):
         end = words.end()
     return text[end:]
+
+
+def canonical_number(text):
+    """The one spelling of a text that is a number and nothing else, or None."""
+    number = _NUMBER.fullmatch(text)
+    return _canonical(number) if number else None
 
 
 def _canonical(number):
@@ -131,6 +138,7 @@ def _canonical(number):
 # Comparing with the label
 
 RULES = {"A": extract_original, "B": extract_strict, "C": extract_flexible, "D": extract_tolerant}
+RULE = "D"
 
 
 def read_label(label):
@@ -154,29 +162,19 @@ def correct(rule, text, label):
     return _extractor(rule)(text) == read_label(label)
 
 
-def score(problem, text, finished, *, rule="D", reward=False):
+def score(problem, text, finished, *, rule=RULE, reward=False):
     """Mark one model output under all four rules; `rule` names the one that `answer` and `score` report.
 
     finished: the model ended the text itself (end token or stop string) rather than running into the length limit.
     reward: the score is trained on. Then rule D treats unfinished text as `extract_tolerant(truncated=True)` does.
 
-    Returns {"rule", "finished", "answer": str or None, "score": 1.0 or 0.0, "answers": {rule: str or None},
-    "correct": {rule: bool}}.
+    Returns what `scored` says.
     """
-    _extractor(rule)
     answers = {name: extract(text) for name, extract in RULES.items()}
     if reward and not finished:
         answers["D"] = extract_tolerant(text, truncated=True)
     label = read_label(problem.label)
-    right = {name: answer == label for name, answer in answers.items()}
-    return {
-        "rule": rule,
-        "finished": bool(finished),
-        "answer": answers[rule],
-        "score": float(right[rule]),
-        "answers": answers,
-        "correct": right,
-    }
+    return scored(rule, finished, {name: (answer, answer == label) for name, answer in answers.items()})
 
 
 def _extractor(rule):
@@ -189,74 +187,28 @@ def _extractor(rule):
 # Reading the data
 
 
-@dataclass(frozen=True)
-class Problem:
-    id: int  # number of the record in its file, counted from 1; for jsonl the line number
-    prompt: str
-    solution: str  # reference solution; "" when the file gives only labels
-    label: str  # canonical number, as `read_label` writes it
+def load(file, faults=None):
+    """Problems out of a file in any of the forms of docs/DATA.md. The label is the number after `####` in the solution; a
+    field "label" may state it instead."""
+    return load_file(file, _problem, faults)
 
 
-def load(file):
-    """Read problems from a JSON list or from JSON lines (one object a line; blank lines are skipped).
-
-    A record holds "instruction" and "output", or "question" and "answer" as in the official files. The label is
-    the number after `####` in the solution; a field "label" may state it instead. Other fields are ignored.
-    """
-    problems = [_problem(file, *record) for record in _read_records(file)]
-    if not problems:
-        raise ValueError(f'{file}: no records. Expected a JSON list, or lines, of {{"instruction", "output"}}')
-    return problems
-
-
-def _read_records(file):
-    """(record number, line, decoded json) of each; whether it is a list or lines shows in the first character, not the name."""
-    path = Path(file)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{file}: no such file. Problems ship in dataset/GSM8K/train.json and test.json; "
-            "dataset/GSM8K/prepare.py converts the official GSM8K files to the same form"
-        )
-    return stream_json(path)
-
-
-def _problem(file, number, line, record):
-    where = f"{file}, line {line}, record {number}"
-    if not isinstance(record, dict):
-        raise ValueError(
-            f'{where}: expected an object with "instruction" and "output", got {_shortened(json.dumps(record))}'
-        )
-    official = "question" in record and "instruction" not in record
-    prompt_key, solution_key = ("question", "answer") if official else ("instruction", "output")
-    keys = ", ".join(record) or "none"
-    if prompt_key not in record:
-        raise ValueError(
-            f'{where}: missing "instruction" (keys: {keys}). '
-            'GSM8K needs "instruction" and "output", or "question" and "answer"'
-        )
-    if solution_key not in record and "label" not in record:
-        raise ValueError(
-            f'{where}: missing "{solution_key}" (keys: {keys}). '
-            f'GSM8K needs "{solution_key}" with a last line "#### number", or "label"'
-        )
-    prompt, solution = record[prompt_key], record.get(solution_key, "")
-    for key, value in ((prompt_key, prompt), (solution_key, solution)):
-        if not isinstance(value, str):
-            raise ValueError(f'{where}: "{key}" must be text, got {_shortened(json.dumps(value))}')
-    if not prompt.strip():
-        raise ValueError(f'{where}: "{prompt_key}" is empty')
+def _problem(number, where, record):
+    prompt = prompt_of(record, where)
+    solution = next(iter(answers_of(record, where, optional="label" in record)), "")
+    if is_empty(prompt):
+        raise ValueError(f"{where}: the question is empty")
+    if "label" not in record and "####" not in solution:
+        raise ValueError(f'{where}: the solution has no line "#### number", and there is no "label"')
+    if isinstance(record.get("label", ""), (bool, list, dict)):
+        raise ValueError(f'{where}: "label" must be a number, found {type_name(record["label"])}')
     try:
-        if "label" not in record:
-            if "####" not in solution:
-                raise ValueError(f'"{solution_key}" has no line "#### number", and there is no "label"')
-            label = read_label(solution)
-        else:
-            label = read_label(record["label"])
-            if "####" in solution and read_label(solution) != label:
-                raise ValueError(f'"label" says {label} but "{solution_key}" ends in #### {read_label(solution)}')
+        label = read_label(record.get("label", solution))
+        if "####" in solution and read_label(solution) != label:
+            raise ValueError(f'"label" says {label} but the solution ends in #### {read_label(solution)}')
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    return Problem(id=number, prompt=prompt, solution=solution, label=label)
+    return Problem(number, prompt, solution, label)
 
 
 def _shortened(text, limit=60):

@@ -104,7 +104,8 @@ def of_gguf(folder):
 
 def of_records(name):
     def read(folder):
-        from llama_rlhf.data import answers_of, judged_problems, prompt_of, read_records
+        from llama_rlhf.data import judged_problems
+        from llama_rlhf.records import answers_of, prompt_of, read_records
         records = read_records(folder / name)
         if name == "samples.jsonl":
             return digest([(p.prompt, p.responses, p.labels, repr(p.pairs)) for p in judged_problems(records)[1]])

@@ -69,7 +69,7 @@ def config(path):
 
 
 def records(path):
-    from llama_rlhf.data import read_records
+    from llama_rlhf.records import read_records
     read_records(path)
 
 

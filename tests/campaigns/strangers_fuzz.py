@@ -221,16 +221,16 @@ else:
 
     @target("json lists, compared with json.loads", text_of(rows) | st.tuples(rows, st.sampled_from([None, 0, 2])).map(lambda t: json.dumps(t[0], indent=t[1])))
     def _(folder, text):
-        from llama_rlhf import data
+        from llama_rlhf import records
         (folder / "x.json").write_text(text, encoding="utf-8", errors="replace", newline="")
         text = (folder / "x.json").read_text(encoding="utf-8")
         try:
             expected = json.loads(text) if text.lstrip(" \t\r\n").startswith("[") else None
         except ValueError:
             expected = ValueError
-        for data._BLOCK in (1, 7, 1 << 16):
+        for records._BLOCK in (1, 7, 1 << 16):
             try:
-                found = [value for _, _, value in data.stream_json(folder / "x.json")]
+                found = [value for _, value in records.stream_json(folder / "x.json")]
             except ValueError:
                 found = ValueError
             assert expected is None or repr(found) == repr(expected), (text, found, expected)
@@ -238,16 +238,17 @@ else:
     @target("records of every kind", text_of(rows) | rows.map(lambda rs: "\n".join(map(json.dumps, rs))))
     def _(folder, text):
         from llama_rlhf import data
-        from llama_rlhf.tasks import gsm8k
+        from llama_rlhf.records import read_records
+        from llama_rlhf.tasks import answers as plain, gsm8k
         from llama_rlhf.tokenizer import load_tokenizer
         (folder / "tokenizer.bytes.json").write_text('{"kind": "bytes"}')
         (folder / "x.json").write_text(text, encoding="utf-8", errors="replace")
         tokenizer = load_tokenizer(folder)
-        for use in (lambda: data.sft_examples(data.read_records(folder / "x.json"), tokenizer, max_seq_len=30),
+        for use in (lambda: data.sft_examples(read_records(folder / "x.json"), tokenizer, max_seq_len=30),
                     lambda: [data.verifier_examples(problems, tokenizer, loss=loss, max_seq_len=30)
-                             for kind, problems in [data.judged_problems(data.read_records(folder / "x.json"))]
+                             for kind, problems in [data.judged_problems(read_records(folder / "x.json"))]
                              for loss in (["pairwise"] if kind in ("pairs", "ranking") else ["pairwise", "mse"])],
-                    lambda: gsm8k.load(folder / "x.json")):
+                    lambda: gsm8k.load(folder / "x.json"), lambda: plain.load(folder / "x.json")):
             user_errors(use)
 
     answers = st.text(max_size=60) | st.lists(st.sampled_from(["#### ", "####", "\\boxed{", "}", "answer is ", "$", ",", ".", "-", "1", "23", "1,000", "\n", "Question:", " ", "{,}", "<<", ">>", "٣", "½"]), max_size=20).map("".join)
