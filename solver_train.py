@@ -48,6 +48,7 @@ def main(
     plan_ranks: int = -1,
     device: str = "auto",
     timeout_seconds: float = 600.0,
+    validate: bool = False,
 ):
     """Fine-tune a model on {"instruction", "output"} records; the loss is taken over the answer only.
 
@@ -98,7 +99,12 @@ def main(
         plan_ranks: with --plan: the number of processes to plan for; -1: as many as were started, or --model_parallel_size
         device: auto, cpu or cuda
         timeout_seconds: longest wait in a collective before the run ends with an error
+        validate: look at the data files only: faults, lengths, what is cut or dropped, an example; exit code 1 if something is wrong
     """
+    if validate:
+        from llama_rlhf.validation import Validation
+        Validation(ckpt_dir, tokenizer_file=tokenizer_file, chat_format=chat_format, model_type=model_type, max_seq_len=max_seq_len,
+                   use_chat_template=use_chat_template, system_prompt=system_prompt).answers(train_file, label_file, task)
     import math
     import os
     import time

@@ -1,4 +1,4 @@
-"""Tasks besides GSM8K, a task of one's own, evaluations side by side: as functions and through the scripts."""
+"""Tasks besides GSM8K, a task of one's own, evaluations side by side, and --validate: as functions and through the scripts."""
 
 import functools
 import json
@@ -12,8 +12,10 @@ from ranks import run_script
 from test_scripts import ROOT, first_line, lines_of, toy  # noqa: F401  fixture
 
 from llama_rlhf.comparison import compare_runs
+from llama_rlhf.records import read_records
 from llama_rlhf.scoring import mcnemar_exact, wilson_interval
 from llama_rlhf.tasks import Problem, answers, get_task
+from llama_rlhf.validation import histogram
 
 # ---- any questions and answers
 
@@ -257,3 +259,61 @@ def test_compare_needs_no_torch(tmp_path):
     done = subprocess.run([sys.executable, "solver_evaluate.py", "--compare", a, b, "--limit", "1"], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0 and "1 became right" in done.stdout and "became right; label 1" in done.stdout, done.stderr
+
+
+# ---- --validate
+
+
+def validate(script, toy, **flags):  # noqa: F811
+    ckpt, save = ("actor_ckpt_dir", "actor_save_dir") if script == "ppo_train.py" else ("ckpt_dir", "save_dir")
+    (code, out, err), = run_script(1, script, **{ckpt: toy / "hf", save: toy / "never", "validate": True, **flags})
+    assert not (toy / "never").exists() and not err, err
+    return code, out
+
+
+@pytest.mark.parametrize("script", ["solver_train.py", "verifier_train.py", "ppo_train.py"])
+def test_good_data_is_described_and_nothing_is_loaded(script, toy, tmp_path):  # noqa: F811
+    (tmp_path / "test.json").write_text(json.dumps([{"instruction": "9+9?", "output": "#### 18"}]))
+    length = dict(max_new_tokens=80) if script == "ppo_train.py" else dict(max_seq_len=20)
+    code, out = validate(script, toy, train_file=toy / "train.json", label_file=tmp_path / "test.json", **length)
+    assert code == 0 and out.rstrip().endswith(": 0 faults") and "0+0?" in out and "####" in out, out
+    rows = read_records(toy / "train.json")
+    if script == "solver_train.py":         # bos, the prompt, its newline, the answer, eos
+        lengths = [len(row["instruction"] + row["output"]) + 3 for row in rows]
+        assert f"longest {max(lengths)}, {sum(lengths)} in all" in out and f"{sum(n > 20 for n in lengths)} cut at the end" in out
+        assert sum(int(line.split()[3]) for line in out.splitlines() if re.match(r" +\d+ to", line)) == 20
+        assert "(16 tokens, 10 trained on)" not in out and "⟦0+0=0\n#### 0<eos>⟧" in out
+
+
+def test_all_faults_are_found_at_once(toy, tmp_path):  # noqa: F811
+    (tmp_path / "bad.jsonl").write_text("\n".join([
+        '{"question": "a  B", "answer": "x\\n#### 3"}', '{"question": "b", "answer": " "}', '{"question": "c", "answer": "4"}', "{oops", "[1]",
+        '{"question": "d", "answers": "x"}', '{"question": "e", "answer": "#### one"}', '{"question": "a  B", "answer": "x\\n#### 3"}']))
+    (tmp_path / "test.json").write_text(json.dumps([{"instruction": "A b", "output": "#### 2"}, {"instruction": "z", "output": "7"}]))
+    code, out = validate("solver_train.py", toy, train_file=tmp_path / "bad.jsonl", label_file=tmp_path / "test.json", max_seq_len=97)
+    assert code == 1 and out.rstrip().endswith("6 records, 5 examples: 9 faults"), out
+    for fault in ("--max_seq_len 97 is more than the model's 96", "line 4, column 2: not valid json", "line 5, record 4: expected an object",
+                  'line 6, record 4: missing "answer" (keys: question, answers)', "line 2, record 2: the answer is empty",
+                  "line 7, record 5: label '#### one'", "line 3, record 3: the answer has no line", "test.json, line 1, record 2: the solution has no line",
+                  "test.json, record 1: the prompt is also in the training data"):
+        assert len(re.findall(f"^wrong: .*{re.escape(fault)}", out, re.MULTILINE)) == 1, fault
+    assert "note: 1 examples stand there more than once" in out
+    code, out = validate("ppo_train.py", toy, train_file=tmp_path / "bad.jsonl", max_new_tokens=95)
+    assert code == 1 and "no record fits --max_seq_len 96 less --max_new_tokens 95" in out and "line 3, record 3: the solution has no line" in out, out
+
+
+def test_judged_data_are_validated_as_the_verifier_reads_them(toy, tmp_path):  # noqa: F811
+    rows = [{"prompt": "a", "chosen": "x", "rejected": "y"}, {"prompt": "b", "chosen": "", "rejected": "y"}, {"prompt": "c", "chosen": "x"}]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    code, out = validate("verifier_train.py", toy, train_file=tmp_path / "pairs.json", label_file=toy / "train.json", max_seq_len=96)
+    assert code == 1 and "record 2: a response is empty" in out and 'record 3: missing "rejected"' in out and ": 2 faults" in out, out
+    code, out = validate("verifier_train.py", toy, train_file=tmp_path / "pairs.json", loss="mse", max_seq_len=96)
+    assert code == 1 and "--loss mse needs responses labelled right or wrong" in out
+    code, out = validate("verifier_train.py", toy, train_file=toy / "train.json", label_file=toy / "test.json", max_seq_len=96)
+    assert code == 1 and out.count("is also in the training data") == 7, out
+
+
+def test_a_histogram_counts_everything():
+    lines = histogram([3, 3, 4, 50, 101, 102])
+    assert [int(line.split()[3]) for line in lines] == [3, 0, 0, 0, 1, 0, 0, 0, 0, 2] and lines[0].split()[4] == "#" * 40
+    assert histogram([7]) == ["  7 to 7        1  " + "#" * 40]
