@@ -68,6 +68,8 @@ def main(
     replay: str = "",
     keep_resident: str = "auto",
     activation_checkpointing: bool = False,
+    tracker: str = "none",
+    write_report: bool = True,
     seed: int = 0,
     dtype: str = "auto",
     model_parallel_size: int = -1,
@@ -146,6 +148,8 @@ def main(
         replay: a rollout-N.pt: one update from it instead of new responses, then save and stop; its scores are as they were
         keep_resident: auto, always or never: on CUDA, whether idle models stay on the device
         activation_checkpointing: recompute blocks in the backward pass: less memory, about a third more time
+        tracker: none, tensorboard (files in log_dir) or wandb (offline unless WANDB_MODE says otherwise); metrics.jsonl is written always
+        write_report: at the end write log_dir/report.html and report.png, if matplotlib is installed
         seed: of samples, order, new heads and adapters
         dtype: auto, bf16 or fp32; bf16 keeps fp32 master weights
         model_parallel_size: tensor-parallel ranks; -1: all processes; the rest are data-parallel replicas
@@ -172,7 +176,7 @@ def main(
     from llama_rlhf.ppo import UpdateSettings, rollout_statistics, update_actor, update_critic, warnings
     from llama_rlhf.roles import check_same_tokenizer, load_roles
     from llama_rlhf.rollout import Prompt, Reward, Rollout, RolloutSettings, collect, load_reward_function
-    from llama_rlhf.runlog import Clock, RunLog, peak_memory_gb
+    from llama_rlhf.runlog import Clock, RunLog, check_tracker, peak_memory_gb
     from llama_rlhf.tasks import get_task
     from llama_rlhf.tokenizer import load_tokenizer
     from llama_rlhf.trainer import Trainer
@@ -224,6 +228,7 @@ def main(
         critic_save_dir = critic_save_dir or os.path.join(actor_save_dir, "critic")
         if os.path.abspath(critic_save_dir) == os.path.abspath(actor_save_dir):
             raise ValueError(f"--critic_save_dir and --actor_save_dir are both {actor_save_dir}: their saves have the same names, so give two folders")
+        check_tracker(tracker)
         companions = companions_folder(tokenizer_file) or actor_ckpt_dir
         tokenizer = load_tokenizer(tokenizer_file or actor_ckpt_dir, chat_format=chat_format)
         role_dirs = {"critic": critic_ckpt_dir, "reward model": reward_model_ckpt_dir}
@@ -320,8 +325,9 @@ def main(
                               max_new_tokens, clip, clip if clip_high == -1 else clip_high, chosen(dual_clip),
                               chosen(value_clip), entropy_coef, kl_coef, chosen(target_kl), seed)
 
-    run_log = RunLog(log_dir, total=iterations, unit="iteration")
-    run_log.advance(start)
+    run_log = RunLog(log_dir, total=iterations, unit="iteration", tracker=tracker)
+    if start:
+        run_log.resumed(start)
     run_log.write(f"{len(fitting)} prompts of {train_file}" + (f" ({len(prompts) - len(fitting)} too long, dropped)" if len(fitting) < len(prompts) else "")
                   + f"; {iterations} iterations of {n_prompts} prompts x {num_samples_per_prompt} responses, {steps_each} optimizer steps each; {algorithm}; "
                   f"{groups.tp_size()} tensor-parallel x {groups.dp_size()} data-parallel ranks, {train_dtype}\n"
@@ -386,7 +392,7 @@ def main(
         run_log.record("iteration", step=step, **statistics, seconds=seconds, phases=clock.seconds, response_tokens=n_tokens,
                        prompt_tokens=sum(rollout.prompt_lengths), peak_memory_gb=peak_memory_gb(),
                        generated_per_second=generated.tokens_per_second if generated else None)
-        run_log.advance(score=f"{statistics['score']:.3f}")
+        run_log.advance(score=f"{statistics['score']:.3f}", tok_s=f"{n_tokens / seconds:.0f}")
         run_log.write(describe(step, iterations, statistics, clock.seconds, peak_memory_gb()))
         for warning in warnings(statistics, actor.dtype.itemsize == 4):
             run_log.write(f"warning: {warning}")
@@ -406,7 +412,7 @@ def main(
             save(step)
         if asked:
             interrupt.leave(run_log)
-    run_log.close()
+    run_log.close(report=write_report)
     groups.shutdown()
 
 

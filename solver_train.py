@@ -34,6 +34,8 @@ def main(
     resume: str = "auto",
     log_steps: int = 10,
     activation_checkpointing: bool = False,
+    tracker: str = "none",
+    write_report: bool = True,
     seed: int = 0,
     dtype: str = "auto",
     model_parallel_size: int = -1,
@@ -68,7 +70,7 @@ def main(
         train_on_prompt: take the loss over the prompt too
         use_chat_template: render prompts as the model's chat format does
         system_prompt: put before every prompt
-        label_file: problems to evaluate on after each epoch; default: none
+        label_file: problems to evaluate on before training and after each epoch; default: none
         task: what kind of problems those are
         eval_batch_size: rows decoded together in that evaluation
         max_new_tokens: longest answer in that evaluation
@@ -76,6 +78,8 @@ def main(
         resume: auto continues the run that save_dir holds, exactly, if the settings are the same; never refuses such a folder
         log_steps: optimizer steps between lines of the log
         activation_checkpointing: recompute blocks in the backward pass: less memory, about a third more time
+        tracker: none, tensorboard (files in log_dir) or wandb (offline unless WANDB_MODE says otherwise); metrics.jsonl is written always
+        write_report: at the end write log_dir/report.html and report.png, if matplotlib is installed
         seed: of the order of the data and new adapters
         dtype: auto, bf16 or fp32; bf16 keeps fp32 master weights
         model_parallel_size: tensor-parallel ranks; -1: all processes; the rest are data-parallel replicas
@@ -97,7 +101,7 @@ def main(
     from llama_rlhf.interrupt import Interrupt
     from llama_rlhf.parallel import groups
     from llama_rlhf.parallel.layers import Lora
-    from llama_rlhf.runlog import Average, RunLog, peak_memory_gb
+    from llama_rlhf.runlog import Average, RunLog, check_tracker, peak_memory_gb
     from llama_rlhf.tasks import get_task
     from llama_rlhf.tokenizer import load_tokenizer
     from llama_rlhf.trainer import Trainer, response_logprobs
@@ -115,6 +119,7 @@ def main(
             raise ValueError(f"--lr {lr} must be positive (or -1 for the default) and --warmup_ratio {warmup_ratio} between 0 and 1")
         if dtype == "fp16":
             raise ValueError("--dtype fp16: training needs loss scaling, which is not here yet; small gradients would vanish. Use bf16 or fp32.")
+        check_tracker(tracker)
         companions = companions_folder(tokenizer_file) or ckpt_dir
         tokenizer = load_tokenizer(tokenizer_file or ckpt_dir, chat_format=chat_format)
         report = DataReport()
@@ -151,7 +156,7 @@ def main(
     total_steps = steps_planned if max_steps == -1 else min(steps_planned, max_steps)
     trainer = Trainer(model, lr=lr if lr > 0 else (1e-5 if lora is None else 2e-4), total_steps=total_steps, schedule=lr_schedule,
                       warmup_steps=math.ceil(warmup_ratio * total_steps), weight_decay=weight_decay, max_grad_norm=max_grad_norm)
-    run_log = RunLog(log_dir, total=total_steps)
+    run_log = RunLog(log_dir, total=total_steps, tracker=tracker)
     run_log.write(f"{train_file}: {report}\n{trainer.describe()}\n{groups.tp_size()} tensor-parallel x {groups.dp_size()} data-parallel "
                   f"ranks, {model.dtype}, {total_steps} steps\nfirst sample, trained part in brackets: {show_example(examples[0], tokenizer)}")
 
@@ -167,13 +172,21 @@ def main(
                    run={"identity": run, "since": since.state(), "of_epoch": of_epoch.state()})
         run_log.write(f"saved {os.path.join(save_dir, name)}")
 
+    def evaluate_policy(epoch):
+        metrics = evaluate(model, tokenizer, kind, problems, prompts, rule="D", max_batch_size=eval_batch_size, max_new_tokens=max_new_tokens,
+                           max_seq_len=model.config.max_seq_len, progress=False, samples_file=os.path.join(run_log.log_dir, f"samples-{step}.jsonl"))
+        run_log.write(f"after step {step}: {show(metrics)}")
+        run_log.record("evaluation", step=step, epoch=epoch, **metrics)
+
     interrupt = Interrupt()
     step, since, of_epoch, seen = 0, Average(), Average(), 0
     if start:
         load_training_state(trainer, start)
         step, since, of_epoch = earlier["step"], Average(**earlier["run"]["since"]), Average(**earlier["run"]["of_epoch"])
-        run_log.advance(step)
+        run_log.resumed(step)
         run_log.write(f"continuing {start}, after step {step}")
+    elif problems:
+        evaluate_policy(0)
     for epoch in range(epochs):
         n_batches = epoch_of_micro_batches(epoch)
         first, seen = seen, seen + len(n_batches)       # step numbers of this epoch
@@ -190,7 +203,7 @@ def main(
             run_log.advance(loss=f"{since.loss:.3f}", tok_s=f"{since.tokens_per_second:.0f}")
             if step % log_steps == 0 or step == total_steps:
                 run_log.record("train", step=step, epoch=epoch + 1, loss=since.loss, perplexity=since.perplexity, lr=result.lr,
-                               grad_norm=result.grad_norm, tokens_per_second=since.tokens_per_second, skipped=trainer.skipped_steps,
+                               grad_norm=result.grad_norm, tokens_per_second=since.tokens_per_second, seconds=since.seconds, skipped=trainer.skipped_steps,
                                peak_memory_gb=peak_memory_gb())
                 run_log.write(f"step {step}/{total_steps}  loss {since.loss:.4f}  perplexity {since.perplexity:.3f}  lr {result.lr:.2e}  "
                               f"grad_norm {result.grad_norm:.2f}  {since.tokens_per_second:.0f} tok/s  {peak_memory_gb():.2f} GB")
@@ -205,15 +218,11 @@ def main(
         run_log.write(f"epoch {epoch + 1}: average loss {of_epoch.loss:.4f}, perplexity {of_epoch.perplexity:.3f} over {of_epoch.n_loss_tokens} tokens")
         run_log.record("epoch", step=step, epoch=epoch + 1, loss=of_epoch.loss, perplexity=of_epoch.perplexity)
         if problems:        # before the save: a run that is killed here comes back to it
-            metrics = evaluate(model, tokenizer, kind, problems, prompts, rule="D", max_batch_size=eval_batch_size,
-                               max_new_tokens=max_new_tokens, max_seq_len=model.config.max_seq_len, progress=False,
-                               samples_file=os.path.join(run_log.log_dir, f"samples-{step}.jsonl"))
-            run_log.write(show(metrics))
-            run_log.record("evaluation", step=step, epoch=epoch + 1, **metrics)
+            evaluate_policy(epoch + 1)
         save(f"epoch-{epoch + 1}" if finished_epoch else f"step-{step}", epoch + 1 if finished_epoch else epoch)
         if step >= total_steps:
             break
-    run_log.close()
+    run_log.close(report=write_report)
     groups.shutdown()
 
 

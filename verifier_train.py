@@ -36,6 +36,8 @@ def main(
     resume: str = "auto",
     log_steps: int = 10,
     activation_checkpointing: bool = False,
+    tracker: str = "none",
+    write_report: bool = True,
     seed: int = 0,
     dtype: str = "auto",
     model_parallel_size: int = -1,
@@ -83,6 +85,8 @@ def main(
         resume: auto continues the run that save_dir holds, exactly, if the settings are the same; never refuses such a folder
         log_steps: optimizer steps between lines of the log
         activation_checkpointing: recompute blocks in the backward pass: less memory, about a third more time
+        tracker: none, tensorboard (files in log_dir) or wandb (offline unless WANDB_MODE says otherwise); metrics.jsonl is written always
+        write_report: at the end write log_dir/report.html and report.png, if matplotlib is installed
         seed: of the order of the data, the new head and adapters, and the numbers that are changed
         dtype: auto, bf16 or fp32; bf16 keeps fp32 master weights, and the head is fp32
         model_parallel_size: tensor-parallel ranks; -1: all processes; the rest are data-parallel replicas
@@ -105,8 +109,8 @@ def main(
     from llama_rlhf.interrupt import Interrupt
     from llama_rlhf.parallel import groups
     from llama_rlhf.parallel.layers import Lora
-    from llama_rlhf.reward import JointModel, choose_loss, count, count_judgements, evaluate_verifier, measure_score, objective, show_verifier
-    from llama_rlhf.runlog import Average, RunLog, peak_memory_gb
+    from llama_rlhf.reward import JointModel, choose_loss, count, count_judgements, evaluate_verifier, measure_score, objective, scored_responses, show_verifier
+    from llama_rlhf.runlog import Average, RunLog, check_tracker, peak_memory_gb
     from llama_rlhf.tokenizer import load_tokenizer
     from llama_rlhf.trainer import Trainer
 
@@ -126,6 +130,7 @@ def main(
             raise ValueError("--margin, --centre and --lm_loss_weight cannot be negative")
         if dtype == "fp16":
             raise ValueError("--dtype fp16: training needs loss scaling, which is not here yet; small gradients would vanish. Use bf16 or fp32.")
+        check_tracker(tracker)
         companions = companions_folder(tokenizer_file) or ckpt_dir
         tokenizer = load_tokenizer(tokenizer_file or ckpt_dir, chat_format=chat_format)
         kind, problems = judged_problems(read_records(train_file), seed=seed)
@@ -170,7 +175,7 @@ def main(
     total_steps = steps_planned if max_steps == -1 else min(steps_planned, max_steps)
     trainer = Trainer(model, lr=lr if lr > 0 else (1e-5 if lora is None else 2e-4), total_steps=total_steps, schedule=lr_schedule,
                       warmup_steps=math.ceil(warmup_ratio * total_steps), weight_decay=weight_decay, max_grad_norm=max_grad_norm)
-    run_log = RunLog(log_dir, total=total_steps)
+    run_log = RunLog(log_dir, total=total_steps, tracker=tracker)
     if kind == "solutions":
         run_log.write(f"{train_file} holds right solutions only. Wrong ones were made by changing the answer and other numbers: a verifier can "
                       "learn from them to check arithmetic. For a policy's own mistakes, give the samples.jsonl of solver_evaluate.py.")
@@ -198,7 +203,7 @@ def main(
         load_training_state(trainer, start)
         step, since, of_epoch = earlier["step"], Average(**earlier["run"]["since"]), Average(**earlier["run"]["of_epoch"])
         judged[:] = earlier["run"]["judged"] if groups.is_main() else (0.0, 0)
-        run_log.advance(step)
+        run_log.resumed(step)
         run_log.write(f"continuing {start}, after step {step}")
     for epoch in range(epochs):
         steps = epoch_of_micro_batches(epoch)
@@ -218,7 +223,8 @@ def main(
                 right, n_judged = map(sum, zip(*groups.gather_objects((float(judged[0]), judged[1]))))
                 accuracy, judged[:] = right / max(1, n_judged), (0.0, 0)
                 run_log.record("train", step=step, epoch=epoch + 1, loss=since.loss, accuracy=accuracy, lr=result.lr, grad_norm=result.grad_norm,
-                               tokens_per_second=since.tokens_per_second, skipped=trainer.skipped_steps, peak_memory_gb=peak_memory_gb())
+                               tokens_per_second=since.tokens_per_second, seconds=since.seconds, skipped=trainer.skipped_steps,
+                               peak_memory_gb=peak_memory_gb())
                 run_log.write(f"step {step}/{total_steps}  loss {since.loss:.4f}  accuracy {accuracy:.1%}  lr {result.lr:.2e}  "
                               f"grad_norm {result.grad_norm:.2f}  {since.tokens_per_second:.0f} tok/s  {peak_memory_gb():.2f} GB")
                 since = Average()
@@ -235,13 +241,15 @@ def main(
         run_log.record("epoch", step=step, epoch=epoch + 1, loss=of_epoch.loss)
         model.score = measure_score(model, examples, loss)
         if held:            # before the save: a run that is killed here comes back to it
+            started = time.perf_counter()
             metrics = evaluate_verifier(model, held, model.score)
             run_log.write(show_verifier(metrics))
-            run_log.record("evaluation", step=step, epoch=epoch + 1, **metrics)
+            run_log.record("evaluation", step=step, epoch=epoch + 1, **metrics, seconds=time.perf_counter() - started)
+            run_log.record("scored", step=step, responses=scored_responses(model, tokenizer, held, model.score))
         save(f"epoch-{epoch + 1}" if finished_epoch else f"step-{step}", epoch + 1 if finished_epoch else epoch)
         if step >= total_steps:
             break
-    run_log.close()
+    run_log.close(report=write_report)
     groups.shutdown()
 
 
