@@ -73,6 +73,8 @@ def main(
     activation_checkpointing: str = "none",
     optimizer_precision: str = "master",
     zero: int = 0,
+    tracker: str = "none",
+    write_report: bool = True,
     seed: int = 0,
     dtype: str = "auto",
     model_parallel_size: int = -1,
@@ -160,6 +162,8 @@ def main(
         activation_checkpointing: what backward recomputes instead of keeping it: none, all blocks (about a third more time), mlp, or a number k: every k-th block
         optimizer_precision: where the updates of bf16 weights go that bf16 cannot hold: master, an fp32 copy; kahan, 16 bits more, 2 bytes less
         zero: 1 shares the optimizer state among the data-parallel replicas
+        tracker: none, tensorboard (files in log_dir) or wandb (offline unless WANDB_MODE says otherwise); metrics.jsonl is written always
+        write_report: at the end write log_dir/report.html and report.png, if matplotlib is installed
         seed: of samples, order, new heads and adapters
         dtype: auto, bf16, fp32, or fp16 on a GPU, with a scaled loss
         model_parallel_size: tensor-parallel ranks; -1: all processes; the rest are data-parallel replicas
@@ -196,7 +200,7 @@ def main(
     from llama_rlhf.records import located, prompt_of, read_records
     from llama_rlhf.roles import check_same_tokenizer, load_roles
     from llama_rlhf.rollout import Prompt, Reward, Rollout, RolloutSettings, collect, load_reward_function
-    from llama_rlhf.runlog import Clock, PeakMemory, RunLog, peak_memory_gb
+    from llama_rlhf.runlog import Clock, PeakMemory, RunLog, check_tracker, peak_memory_gb
     from llama_rlhf.tasks import choose_rule, get_task, source_of
     from llama_rlhf.tokenizer import load_tokenizer
     from llama_rlhf.trainer import Trainer, check_options
@@ -250,6 +254,7 @@ def main(
         critic_save_dir = critic_save_dir or os.path.join(actor_save_dir, "critic")
         if os.path.abspath(critic_save_dir) == os.path.abspath(actor_save_dir):
             raise ValueError(f"--critic_save_dir and --actor_save_dir are both {actor_save_dir}: their saves have the same names, so give two folders")
+        check_tracker(tracker)
         companions = companions_folder(tokenizer_file) or actor_ckpt_dir
         tokenizer = load_tokenizer(tokenizer_file or actor_ckpt_dir, chat_format=chat_format)
         role_dirs = {"critic": critic_ckpt_dir, "reward model": reward_model_ckpt_dir}
@@ -346,8 +351,9 @@ def main(
                               max_new_tokens, clip, clip if clip_high == -1 else clip_high, chosen(dual_clip),
                               chosen(value_clip), entropy_coef, kl_coef, chosen(target_kl), seed)
 
-    run_log = RunLog(log_dir, total=iterations, unit="iteration")
-    run_log.advance(start)
+    run_log = RunLog(log_dir, total=iterations, unit="iteration", tracker=tracker)
+    if start:
+        run_log.resumed(start)
     run_log.write(f"{len(fitting)} prompts of {train_file}" + (f" ({len(prompts) - len(fitting)} too long, dropped)" if len(fitting) < len(prompts) else "")
                   + f"; {iterations} iterations of {n_prompts} prompts x {num_samples_per_prompt} responses, {steps_each} optimizer steps each; {algorithm}; "
                   f"{groups.tp_size()} tensor-parallel x {groups.dp_size()} data-parallel ranks, {train_dtype}\n"
@@ -415,7 +421,7 @@ def main(
         run_log.record("iteration", step=step, **statistics, seconds=seconds, phases=clock.seconds, response_tokens=n_tokens,
                        prompt_tokens=sum(rollout.prompt_lengths), peak_memory_gb=peak_memory_gb(),
                        generated_per_second=generated.tokens_per_second if generated else None)
-        run_log.advance(score=f"{statistics['score']:.3f}")
+        run_log.advance(score=f"{statistics['score']:.3f}", tok_s=f"{n_tokens / seconds:.0f}")
         run_log.write(describe(step, iterations, statistics, clock.seconds, peak_memory_gb()))
         for warning in warnings(statistics, actor.dtype.itemsize == 4):
             run_log.write(f"warning: {warning}")
@@ -438,7 +444,7 @@ def main(
         if asked:
             interrupt.leave(run_log)
     report_memory(run_log, memory, lambda: plan_ppo(cli.resolved, models=roles.all(), prompts=[len(p.tokens) for p in fitting]))
-    run_log.close()
+    run_log.close(report=write_report)
     groups.shutdown()
 
 

@@ -26,6 +26,7 @@ def main(
     top_p: float = 1.0,
     min_p: float = 0.0,
     seed: int = 0,
+    write_report: bool = True,
     dtype: str = "auto",
     model_parallel_size: int = -1,
     tokenizer_file: str = "",
@@ -63,6 +64,7 @@ def main(
         top_p: keep the most likely tokens up to this probability
         min_p: keep tokens at least so likely relative to the best
         seed: of the samples
+        write_report: also write log_dir/report.html and report.png, if matplotlib is installed
         dtype: auto, bf16, fp16 or fp32
         model_parallel_size: tensor-parallel ranks; -1: all processes; the rest are replicas that share the problems
         tokenizer_file: when it is not beside the weights
@@ -183,6 +185,9 @@ def main(
         groups.log(planned.line(peak))
         store.write_json(written[1], {**metrics, "arguments": resolved, "environment": environment()})
     groups.log(f"written: {log_dir}/samples.jsonl and metrics.json")
+    if write_report and groups.is_main():
+        from llama_rlhf.report import at_the_end
+        at_the_end(log_dir)
     groups.shutdown()
 
 

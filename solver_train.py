@@ -39,6 +39,8 @@ def main(
     activation_checkpointing: str = "none",
     optimizer_precision: str = "master",
     zero: int = 0,
+    tracker: str = "none",
+    write_report: bool = True,
     seed: int = 0,
     dtype: str = "auto",
     model_parallel_size: int = -1,
@@ -77,7 +79,7 @@ def main(
         train_on_prompt: take the loss over the prompt too
         use_chat_template: render prompts as the model's chat format does
         system_prompt: put before every prompt
-        label_file: problems to evaluate on after each epoch; default: none
+        label_file: problems to evaluate on before training and after each epoch; default: none
         task: what kind of problems those are: GSM8K, answers, reasoning_gym:NAME, FILE.py (docs/TASKS.md)
         eval_batch_size: rows decoded together in that evaluation
         max_new_tokens: longest answer in that evaluation
@@ -90,6 +92,8 @@ def main(
         activation_checkpointing: what backward recomputes instead of keeping it: none, all blocks (about a third more time), mlp, or a number k: every k-th block
         optimizer_precision: where the updates of bf16 weights go that bf16 cannot hold: master, an fp32 copy; kahan, 16 bits more, 2 bytes less
         zero: 1 shares the optimizer state among the data-parallel replicas
+        tracker: none, tensorboard (files in log_dir) or wandb (offline unless WANDB_MODE says otherwise); metrics.jsonl is written always
+        write_report: at the end write log_dir/report.html and report.png, if matplotlib is installed
         seed: of the order of the data and new adapters
         dtype: auto, bf16, fp32, or fp16 on a GPU, with a scaled loss
         model_parallel_size: tensor-parallel ranks; -1: all processes; the rest are data-parallel replicas
@@ -120,7 +124,7 @@ def main(
     from llama_rlhf.parallel.layers import Lora
     from llama_rlhf.plan import plan_training, report_memory
     from llama_rlhf.records import read_records
-    from llama_rlhf.runlog import Average, PeakMemory, RunLog, peak_memory_gb
+    from llama_rlhf.runlog import Average, PeakMemory, RunLog, check_tracker, peak_memory_gb
     from llama_rlhf.tasks import get_task, source_of
     from llama_rlhf.tokenizer import load_tokenizer
     from llama_rlhf.trainer import Trainer, check_options, response_logprobs
@@ -142,6 +146,7 @@ def main(
         if lr != -1 and lr <= 0 or not 0 <= warmup_ratio <= 1:
             raise ValueError(f"--lr {lr} must be positive (or -1 for the default) and --warmup_ratio {warmup_ratio} between 0 and 1")
         check_options(optimizer_precision, zero, {groups.default_dtype(dtype)}, activation_checkpointing)
+        check_tracker(tracker)
         companions = companions_folder(tokenizer_file) or ckpt_dir
         tokenizer = load_tokenizer(tokenizer_file or ckpt_dir, chat_format=chat_format)
         report = DataReport()
@@ -180,7 +185,7 @@ def main(
     trainer = Trainer(model, lr=lr if lr > 0 else (1e-5 if lora is None else 2e-4), total_steps=total_steps, schedule=lr_schedule,
                       warmup_steps=math.ceil(warmup_ratio * total_steps), weight_decay=weight_decay, max_grad_norm=max_grad_norm,
                       precision=optimizer_precision, zero=zero, skip_grad_norm_above=skip_grad_norm_above)
-    run_log = RunLog(log_dir, total=total_steps)
+    run_log = RunLog(log_dir, total=total_steps, tracker=tracker)
     run_log.write(f"{train_file}: {report}\n{trainer.describe()}\n{groups.tp_size()} tensor-parallel x {groups.dp_size()} data-parallel "
                   f"ranks, {model.dtype}, {total_steps} steps\nfirst sample, trained part in brackets: {show_example(examples[0], tokenizer)}")
 
@@ -196,15 +201,23 @@ def main(
                    run={"identity": run, "since": since.state(), "of_epoch": of_epoch.state()})
         run_log.write(f"saved {os.path.join(save_dir, name)}")
 
+    def evaluate_policy(epoch):
+        metrics = evaluate(model, tokenizer, kind, problems, prompts, rule=kind.RULE, max_batch_size=eval_batch_size, max_new_tokens=max_new_tokens,
+                           max_seq_len=model.config.max_seq_len, progress=False, samples_file=os.path.join(run_log.log_dir, f"samples-{step}.jsonl"))
+        run_log.write(f"after step {step}: {show(metrics)}")
+        run_log.record("evaluation", step=step, epoch=epoch, **metrics)
+
     interrupt = Interrupt()
     memory.start()
     step, since, of_epoch, seen = 0, Average(), Average(), 0
     if start:
         load_training_state(trainer, start)
         step, since, of_epoch = earlier["step"], Average(**earlier["run"]["since"]), Average(**earlier["run"]["of_epoch"])
-        run_log.advance(step)
+        run_log.resumed(step)
         run_log.write(f"continuing {start}, after step {step}")
     invariants.start({"model": model}, {"model": trainer}, tokenizer, examples, step=step, max_seq_len=max_seq_len, chat=use_chat_template, doctor=doctor)
+    if problems and not step:
+        evaluate_policy(0)
     for epoch in range(epochs):
         n_batches = epoch_of_micro_batches(epoch)
         first, seen = seen, seen + len(n_batches)       # step numbers of this epoch
@@ -221,7 +234,7 @@ def main(
             run_log.advance(loss=f"{since.loss:.3f}", tok_s=f"{since.tokens_per_second:.0f}")
             if step % log_steps == 0 or step == total_steps:
                 run_log.record("train", step=step, epoch=epoch + 1, loss=since.loss, perplexity=since.perplexity, lr=result.lr,
-                               grad_norm=result.grad_norm, tokens_per_second=since.tokens_per_second, **trainer.counters(),
+                               grad_norm=result.grad_norm, tokens_per_second=since.tokens_per_second, seconds=since.seconds, **trainer.counters(),
                                peak_memory_gb=peak_memory_gb())
                 run_log.write(f"step {step}/{total_steps}  loss {since.loss:.4f}  perplexity {since.perplexity:.3f}  lr {result.lr:.2e}  "
                               f"grad_norm {result.grad_norm:.2f}  {since.tokens_per_second:.0f} tok/s  {peak_memory_gb():.2f} GB")
@@ -239,11 +252,7 @@ def main(
         run_log.write(f"epoch {epoch + 1}: average loss {of_epoch.loss:.4f}, perplexity {of_epoch.perplexity:.3f} over {of_epoch.n_loss_tokens} tokens")
         run_log.record("epoch", step=step, epoch=epoch + 1, loss=of_epoch.loss, perplexity=of_epoch.perplexity)
         if problems:        # before the save: a run that is killed here comes back to it
-            metrics = evaluate(model, tokenizer, kind, problems, prompts, rule=kind.RULE, max_batch_size=eval_batch_size,
-                               max_new_tokens=max_new_tokens, max_seq_len=model.config.max_seq_len, progress=False,
-                               samples_file=os.path.join(run_log.log_dir, f"samples-{step}.jsonl"))
-            run_log.write(show(metrics))
-            run_log.record("evaluation", step=step, epoch=epoch + 1, **metrics)
+            evaluate_policy(epoch + 1)
         save(f"epoch-{epoch + 1}" if finished_epoch else f"step-{step}", epoch + 1 if finished_epoch else epoch)
         if step >= total_steps:
             break
@@ -251,7 +260,7 @@ def main(
     largest = max(micro, key=lambda indices: sum(len(examples[i].tokens) for i in indices))
     report_memory(run_log, memory, lambda: plan_training(cli.resolved, config=model.config, rows=[(len(examples[i].tokens), examples[i].prompt_len) for i in largest],
                                                          prompts=[len(prompt) for prompt in prompts]))
-    run_log.close()
+    run_log.close(report=write_report)
     groups.shutdown()
 
 

@@ -41,6 +41,8 @@ def main(
     activation_checkpointing: str = "none",
     optimizer_precision: str = "master",
     zero: int = 0,
+    tracker: str = "none",
+    write_report: bool = True,
     seed: int = 0,
     dtype: str = "auto",
     model_parallel_size: int = -1,
@@ -96,6 +98,8 @@ def main(
         activation_checkpointing: what backward recomputes instead of keeping it: none, all blocks (about a third more time), mlp, or a number k: every k-th block
         optimizer_precision: where the updates of bf16 weights go that bf16 cannot hold: master, an fp32 copy; kahan, 16 bits more, 2 bytes less
         zero: 1 shares the optimizer state among the data-parallel replicas
+        tracker: none, tensorboard (files in log_dir) or wandb (offline unless WANDB_MODE says otherwise); metrics.jsonl is written always
+        write_report: at the end write log_dir/report.html and report.png, if matplotlib is installed
         seed: of the order of the data, the new head and adapters, and the numbers that are changed
         dtype: auto, bf16, fp32, or fp16 on a GPU, with a scaled loss; the head is fp32
         model_parallel_size: tensor-parallel ranks; -1: all processes; the rest are data-parallel replicas
@@ -126,9 +130,9 @@ def main(
     from llama_rlhf.parallel import groups
     from llama_rlhf.parallel.layers import Lora
     from llama_rlhf.records import read_records
-    from llama_rlhf.reward import JointModel, choose_loss, count, count_judgements, evaluate_verifier, measure_score, objective, show_verifier
+    from llama_rlhf.reward import JointModel, choose_loss, count, count_judgements, evaluate_verifier, measure_score, objective, scored_responses, show_verifier
     from llama_rlhf.plan import plan_training, report_memory
-    from llama_rlhf.runlog import Average, PeakMemory, RunLog, peak_memory_gb
+    from llama_rlhf.runlog import Average, PeakMemory, RunLog, check_tracker, peak_memory_gb
     from llama_rlhf.tokenizer import load_tokenizer
     from llama_rlhf.trainer import Trainer, check_options
 
@@ -152,6 +156,7 @@ def main(
         if min(margin, centre, lm_loss_weight) < 0:
             raise ValueError("--margin, --centre and --lm_loss_weight cannot be negative")
         check_options(optimizer_precision, zero, {groups.default_dtype(dtype)}, activation_checkpointing)
+        check_tracker(tracker)
         companions = companions_folder(tokenizer_file) or ckpt_dir
         tokenizer = load_tokenizer(tokenizer_file or ckpt_dir, chat_format=chat_format)
         kind, problems = judged_problems(read_records(train_file), seed=seed)
@@ -197,7 +202,7 @@ def main(
     trainer = Trainer(model, lr=lr if lr > 0 else (1e-5 if lora is None else 2e-4), total_steps=total_steps, schedule=lr_schedule,
                       warmup_steps=math.ceil(warmup_ratio * total_steps), weight_decay=weight_decay, max_grad_norm=max_grad_norm,
                       precision=optimizer_precision, zero=zero, skip_grad_norm_above=skip_grad_norm_above)
-    run_log = RunLog(log_dir, total=total_steps)
+    run_log = RunLog(log_dir, total=total_steps, tracker=tracker)
     if kind == "solutions":
         run_log.write(f"{train_file} holds right solutions only. Wrong ones were made by changing the answer and other numbers: a verifier can "
                       "learn from them to check arithmetic. For a policy's own mistakes, give the samples.jsonl of solver_evaluate.py.")
@@ -226,7 +231,7 @@ def main(
         load_training_state(trainer, start)
         step, since, of_epoch = earlier["step"], Average(**earlier["run"]["since"]), Average(**earlier["run"]["of_epoch"])
         judged[:] = earlier["run"]["judged"] if groups.is_main() else (0.0, 0)
-        run_log.advance(step)
+        run_log.resumed(step)
         run_log.write(f"continuing {start}, after step {step}")
     invariants.start({"model": model}, {"model": trainer}, tokenizer, examples, step=step, max_seq_len=max_seq_len, chat=use_chat_template, doctor=doctor)
     for epoch in range(epochs):
@@ -247,7 +252,7 @@ def main(
                 right, n_judged = map(sum, zip(*groups.gather_objects((float(judged[0]), judged[1]))))
                 accuracy, judged[:] = right / max(1, n_judged), (0.0, 0)
                 run_log.record("train", step=step, epoch=epoch + 1, loss=since.loss, accuracy=accuracy, lr=result.lr, grad_norm=result.grad_norm,
-                               tokens_per_second=since.tokens_per_second, **trainer.counters(), peak_memory_gb=peak_memory_gb())
+                               tokens_per_second=since.tokens_per_second, seconds=since.seconds, **trainer.counters(), peak_memory_gb=peak_memory_gb())
                 run_log.write(f"step {step}/{total_steps}  loss {since.loss:.4f}  accuracy {accuracy:.1%}  lr {result.lr:.2e}  "
                               f"grad_norm {result.grad_norm:.2f}  {since.tokens_per_second:.0f} tok/s  {peak_memory_gb():.2f} GB")
                 since = Average()
@@ -267,9 +272,11 @@ def main(
         run_log.record("epoch", step=step, epoch=epoch + 1, loss=of_epoch.loss)
         model.score = measure_score(model, examples, loss)
         if held:            # before the save: a run that is killed here comes back to it
+            started = time.perf_counter()
             metrics = evaluate_verifier(model, held, model.score)
             run_log.write(show_verifier(metrics))
-            run_log.record("evaluation", step=step, epoch=epoch + 1, **metrics)
+            run_log.record("evaluation", step=step, epoch=epoch + 1, **metrics, seconds=time.perf_counter() - started)
+            run_log.record("scored", step=step, responses=scored_responses(model, tokenizer, held, model.score))
         save(f"epoch-{epoch + 1}" if finished_epoch else f"step-{step}", epoch + 1 if finished_epoch else epoch)
         if step >= total_steps:
             break
@@ -277,7 +284,7 @@ def main(
     largest = max(micro, key=lambda indices: sum(len(examples[i].tokens) for i in indices))
     rows_of = lambda indices: [(len(row), examples[i].prompt_len) for i in indices for row in examples[i].responses]  # noqa: E731
     report_memory(run_log, memory, lambda: plan_training(cli.resolved, config=model.config, rows=rows_of(largest), scored=rows_of(range(len(examples)))))
-    run_log.close()
+    run_log.close(report=write_report)
     groups.shutdown()
 
 

@@ -394,6 +394,18 @@ def show_judged(example, tokenizer):
     return "\n".join(f"{side}: {show_example(Example(tokens, example.prompt_len, example.id), tokenizer)}" for tokens, side in shown)
 
 
+def token_pieces(tokenizer, ids):
+    """The text of `ids`, control tokens by name, as one piece per token; a character of several tokens stands at its last."""
+    pieces, before = [], ""
+    for n in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:n], skip_special=False)
+        if text.endswith("\ufffd") and n < len(ids):
+            text = before
+        pieces.append(text[len(before):])
+        before = text
+    return pieces
+
+
 # -- order ------------------------------------------------------------------------------------------------------
 
 

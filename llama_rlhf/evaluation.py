@@ -66,6 +66,7 @@ def answer(model: CausalLM, tokenizer, task, problems, prompts: list[list[int]],
     def on_step(done, total):
         if bar is not None and done != bar.n:
             bar.total = total
+            bar.set_postfix(tok_s=f"{statistics.new_tokens / (time.perf_counter() - started):.0f}", refresh=False)
             bar.update(done - bar.n)
 
     mine = range(groups.dp_rank(), len(problems), groups.dp_size())

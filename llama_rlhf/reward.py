@@ -18,12 +18,12 @@ import torch
 from llama_rlhf.advantages import RunningMoments
 from llama_rlhf.checkpoint.formats import open_checkpoint
 from llama_rlhf.checkpoint.shards import inspect
-from llama_rlhf.data import Judged, pack
+from llama_rlhf.data import Judged, pack, token_pieces
 from llama_rlhf.losses import pairwise_loss, prediction_rows, token_logprobs, verifier_loss
 from llama_rlhf.models.transformer import CausalLM, Rows, ValueModel
 from llama_rlhf.parallel import groups
 from llama_rlhf.scoring import calibration, pair_accuracy, score_by_length
-from llama_rlhf.trainer import final_scores
+from llama_rlhf.trainer import final_scores, response_values
 
 FORMS = {"pairwise": "linear", "mse": "linear", "bce": "sigmoid"}       # the losses there are, and what a model trained with one reports
 _PACK_TOKENS = 8192
@@ -197,6 +197,32 @@ def evaluate_verifier(model: ValueModel, examples: list[Judged], score: dict) ->
     lengths = [len(response) - n for response, n in rows]
     return verifier_metrics(score_together(model, *zip(*rows)), lengths, problems, score, pairs or pairs_by_label(problems, labels),
                             None if pairs else labels)
+
+
+@torch.no_grad()
+def scored_responses(model: ValueModel, tokenizer, examples: list[Judged], score: dict, n_problems: int = 4) -> list[dict]:
+    """Collective. For people to look at: a better and a worse response to some problems, and after every token the probability
+    that the response is right (see `probability`). [{"id", "prompt", "judged", "pieces", "probabilities"}]
+    """
+    if score["loss"] == "pairwise":
+        chosen = [(example, place, side) for example in examples[:n_problems] for place, side in zip(example.pairs[0], ("better", "worse"))]
+    else:
+        by_problem: dict[str, dict] = {}
+        for example in examples:
+            by_problem.setdefault(example.id, {}).setdefault("right" if example.label else "wrong", example)
+        most_telling = sorted(by_problem.values(), key=len, reverse=True)[:n_problems]
+        chosen = [(example, 0, side) for found in most_telling for side, example in sorted(found.items())]
+    result, was_training = [], model.training
+    model.eval()
+    try:
+        for example, place, side in chosen:
+            row, n = example.responses[place], example.prompt_len
+            values = probability(score, response_values(model, [row], [n], after=True).double())
+            result.append({"id": example.id, "prompt": tokenizer.decode(row[:n]), "judged": side, "pieces": token_pieces(tokenizer, row[n:]),
+                           "probabilities": [round(value, 4) for value in values.tolist()]})
+    finally:
+        model.train(was_training)
+    return result
 
 
 def pairs_by_label(problems: list, labels: list) -> list[tuple[int, int]]:

@@ -1,9 +1,10 @@
-"""What a run leaves behind: run.json (arguments, environment), metrics.jsonl (one line per interval), and a progress line."""
+"""What a run leaves behind: run.json (arguments, environment), metrics.jsonl (one line per interval), a progress line, and what report.py makes of them."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -17,16 +18,50 @@ from llama_rlhf import __version__, cli
 from llama_rlhf.parallel import groups
 
 
+TRACKERS = ("none", "tensorboard", "wandb")
+
+
+def check_tracker(name: str) -> None:
+    """ValueError where --tracker cannot be served: before the models are loaded."""
+    if name not in TRACKERS:
+        raise ValueError(f"--tracker {name!r}: use {', '.join(TRACKERS[:-1])} or {TRACKERS[-1]}")
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise ValueError(f"--tracker {name}: the package is not installed. Run `pip install {name}`, or leave the flag out: metrics.jsonl is written always.")
+
+
+def open_tracker(name: str, log_dir: str):
+    """(log(numbers, step), close()) of a tracker."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(log_dir)
+        return lambda numbers, step: [writer.add_scalar(key, value, step) for key, value in numbers.items()], writer.close
+    import wandb
+    run = wandb.init(project=os.environ.get("WANDB_PROJECT", "llama_rlhf"), dir=log_dir, config=cli.resolved, mode=os.environ.get("WANDB_MODE", "offline"))
+    return run.log, run.finish
+
+
+def numbers_of(values: dict, prefix: str) -> dict[str, float]:
+    """{"prefix/name": number}, nested dicts spelled out, everything else left out."""
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= numbers_of(value, f"{prefix}/{key}")
+        elif isinstance(value, (int, float)):
+            found[f"{prefix}/{key}"] = value
+    return found
+
+
 class RunLog:
     """Rank 0 writes; the other ranks call the same methods, which do nothing there.
 
     log_dir: made if needed. An older metrics.jsonl in it is appended to, each line naming its run by the start time.
+    tracker: one of TRACKERS, which gets every number of `record` too.
     """
 
-    def __init__(self, log_dir: str, *, total: int, unit: str = "step"):
+    def __init__(self, log_dir: str, *, total: int, unit: str = "step", tracker: str = "none"):
         self.log_dir, self.total, self.unit = log_dir, total, unit
         self.started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        self._bar = self._metrics = None
+        self._bar = self._metrics = self._tracker = None
         if not groups.is_main():
             return
         from tqdm import tqdm
@@ -36,6 +71,7 @@ class RunLog:
                 json.dump({"script": os.path.basename(sys.argv[0]), "arguments": cli.resolved, "started": self.started,
                            "environment": environment()}, file, indent=1)
             self._metrics = open(os.path.join(log_dir, "metrics.jsonl"), "a")
+        self._tracker = None if tracker == "none" else open_tracker(tracker, log_dir)
         # a terminal gets a moving line, a file one line in ten seconds at most
         self._bar = tqdm(total=total, unit=unit, mininterval=0.3 if sys.stderr.isatty() else 10.0, dynamic_ncols=True)
 
@@ -52,6 +88,13 @@ class RunLog:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(n)
 
+    def resumed(self, step: int) -> None:
+        """The run continues after this step: what was recorded beyond it is void, and the time it took is no measure for the rest."""
+        self.record("resumed", step=step)
+        if self._bar is not None:
+            self._bar.initial = self._bar.n = self._bar.last_print_n = step
+            self._bar.unpause()
+
     def record(self, kind: str, **values) -> None:
         """One line of metrics.jsonl. Numbers that are not finite are written as null: json has no NaN."""
         if self._metrics is not None:
@@ -59,6 +102,8 @@ class RunLog:
             with self._named():
                 self._metrics.write(json.dumps({"kind": kind, "time": round(time.time(), 3), "run": self.started, **clean}) + "\n")
                 self._metrics.flush()
+        if self._tracker is not None and "step" in values:
+            self._tracker[0](numbers_of({key: value for key, value in values.items() if key != "step"}, kind), values["step"])
 
     def write(self, text: str) -> None:
         """Print above the progress line."""
@@ -66,10 +111,17 @@ class RunLog:
             self._bar.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._metrics.close()
+    def close(self, *, report: bool = False) -> None:
+        """report: of a finished run; see report.at_the_end."""
+        if self._bar is None:
+            return
+        self._bar.close()
+        self._metrics.close()
+        if self._tracker is not None:
+            self._tracker[1]()
+        if report:
+            from llama_rlhf.report import at_the_end
+            at_the_end(self.log_dir)
 
 
 class Clock:

@@ -187,7 +187,7 @@ def existing_saves(folder: str) -> list[str]:
 
 # flags that may differ between a run and its continuation: they do not change its numbers
 _HARMLESS = {"resume", "log_dir", "timeout_seconds", "save_steps", "keep_last", "save_rollouts", "log_steps", "eval_steps", "eval_batch_size",
-             "keep_resident", "plan", "plan_ranks", "model_parallel_size", "check_steps", "doctor", "validate"}
+             "keep_resident", "plan", "plan_ranks", "model_parallel_size", "check_steps", "doctor", "validate", "tracker", "write_report"}
 
 
 def identity(arguments: dict, dtype, **started_from: str) -> dict:

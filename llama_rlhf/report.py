@@ -1,0 +1,266 @@
+"""One or several runs as a single HTML file that needs no network and runs no script, and their curves as one PNG.
+
+    python -m llama_rlhf.report RUN [RUN ...] --out report.html
+
+RUN: a save_dir or log_dir of a training script, or the log_dir of an evaluation. What is read is what they leave behind: run.json,
+metrics.jsonl, samples*.jsonl, metrics.json. The page is report.html beside this file; jinja2 escapes every text that goes into it.
+docs/REPORT.md says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import re
+import shlex
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+
+from llama_rlhf.curves import COLOURS, PANELS, as_svg, curves_of, series, write_png
+from llama_rlhf.scoring import compare_paired
+
+N_ITEMS = 3         # samples shown of each sort
+
+
+# ---- reading
+
+
+@dataclass
+class Run:
+    name: str
+    folder: str
+    script: str
+    settings: dict
+    environment: dict
+    started: str = ""
+    records: list[dict] = field(default_factory=list)                       # lines of metrics.jsonl that count
+    answers: list[tuple[str, list[dict]]] = field(default_factory=list)     # ("step 20", rows of samples-20.jsonl), in order
+    colour: str = ""
+
+    def of(self, kind: str) -> list[dict]:
+        return [record for record in self.records if record["kind"] == kind]
+
+
+def read_run(path: str, name: str) -> Run:
+    """FileNotFoundError where no run has left anything; ValueError for a file that is not what its name says."""
+    marks = ("metrics.jsonl", "metrics.json")
+    folder = next((f for f in (path, os.path.join(path, "log")) if any(os.path.isfile(os.path.join(f, mark)) for mark in marks)), None)
+    if folder is None:
+        raise FileNotFoundError(f"{path}: neither metrics.jsonl nor metrics.json is there or in its log folder. Give the save_dir or log_dir of a run.")
+    if os.path.isfile(os.path.join(folder, "metrics.jsonl")):
+        about = _read_json(os.path.join(folder, "run.json"))
+        found = [(int(match[1]), file) for file in os.listdir(folder) if (match := re.fullmatch(r"samples-(\d+)\.jsonl", file))]
+        return Run(name, folder, about["script"], about["arguments"], about["environment"], about["started"],
+                   records_that_count(_read_lines(os.path.join(folder, "metrics.jsonl"))),
+                   [(f"step {step}", _read_lines(os.path.join(folder, file))) for step, file in sorted(found)])
+    about = _read_json(os.path.join(folder, "metrics.json"))
+    metrics = {key: value for key, value in about.items() if key not in ("arguments", "environment")}
+    samples = os.path.join(folder, "samples.jsonl")
+    return Run(name, folder, "solver_evaluate.py", about["arguments"], about["environment"], records=[{"kind": "evaluation", **metrics}],
+               answers=[("", _read_lines(samples))] if os.path.isfile(samples) else [])
+
+
+def records_that_count(lines: list[dict]) -> list[dict]:
+    """A run that was continued after step n voids what it had recorded beyond n; one that was started anew voids everything before."""
+    sessions: dict[str, list[dict]] = {}
+    for line in lines:
+        sessions.setdefault(line["run"], []).append(line)
+    kept: list[dict] = []
+    for session in sessions.values():
+        resumed = next((line["step"] for line in session if line["kind"] == "resumed"), -1)
+        kept = [line for line in kept if line.get("step", 0) <= resumed] + session
+    return kept
+
+
+def _read_json(path: str) -> dict:
+    with open(path, encoding="utf-8") as file:
+        try:
+            return json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}. It is damaged; leave this run out.") from error
+
+
+def _read_lines(path: str) -> list[dict]:
+    with open(path, encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [json.loads(line)] if line else []
+        except ValueError as error:
+            if number == len(lines):        # no newline at its end: the run was killed while it wrote it
+                break
+            raise ValueError(f"{path}, line {number} is not JSON: {error}. Remove the line to go on without it.") from error
+    return rows
+
+
+def names_of(paths: list[str]) -> list[str]:
+    """What tells the paths apart: from their common folder on, without a final /log."""
+    plain = [path.removesuffix(os.sep + "log") for path in paths]
+    common = os.path.commonpath([os.path.dirname(path) for path in plain])
+    return [os.path.relpath(path, common) for path in plain]
+
+
+# ---- numbers
+
+
+def wall_seconds(run: Run) -> float:
+    """From start to last record, of every session that counts."""
+    ends = {record["run"]: record["time"] for record in run.records if "run" in record}
+    return sum(end - datetime.datetime.fromisoformat(start).timestamp() for start, end in ends.items())
+
+
+def seconds_by_phase(run: Run) -> dict[str, float]:
+    """Phases of iterations, training steps and evaluations as recorded, and what is left of the run's time."""
+    phases: Counter = Counter()
+    for record in run.records:
+        phases.update(record.get("phases", {}))
+        if record["kind"] in ("train", "evaluation"):
+            phases[{"train": "training steps", "evaluation": "evaluation"}[record["kind"]]] += record.get("seconds") or 0.0
+    phases["all else"] = max(0.0, wall_seconds(run) - sum(phases.values()))
+    return {phase: seconds for phase, seconds in phases.items() if seconds}
+
+
+def memory(run: Run) -> dict:
+    """Bytes of a process: "planned" and by role where the run recorded a plan, "peak" as measured beside it, or else as its curve has it."""
+    plan = next((record for record in reversed(run.records) if record.get("planned_bytes")), {})
+    peak = plan.get("peak_bytes") or max((record.get("peak_memory_gb") or 0 for record in run.records), default=0) * 1e9
+    return {"planned": plan.get("planned_bytes"), "peak": peak, "roles": plan.get("planned") or {}}
+
+
+def headlines(run: Run) -> list[str]:
+    """What a run came to, a phrase for each number."""
+    said, evaluations = [], run.of("evaluation")
+    first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
+    for kind, name in (("train", "loss"), ("iteration", "score")):
+        if values := series(run, kind, name, 10**9)[1]:
+            said.append(f"{name} {number(values[0])} → {number(values[-1])}")
+    if "accuracy" in last:
+        before = f"{first['accuracy']:.1%} → " if len(evaluations) > 1 else ""
+        said.append(f"accuracy {before}{last['accuracy']:.1%} (95 % interval {last['interval'][0]:.1%} to {last['interval'][1]:.1%}; "
+                    f"{last['n_problems']} problems, rule {last['rule']})")
+    if chosen := last.get("selection"):
+        best = chosen["ways"]["best of n"]
+        said.append(f"best of {chosen['n_samples']} by the verifier {best['accuracy']:.1%} ({best['interval'][0]:.1%} to {best['interval'][1]:.1%})")
+    if last.get("pair_accuracy") is not None:
+        said.append(f"pair accuracy {last['pair_accuracy']:.1%} ({last['n_pairs']} pairs of {last['n_problems_with_pairs']} problems)")
+    return said
+
+
+def number(value) -> str:
+    """Four digits are enough for people; whatever is no number as it is."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def table(runs: list[Run], which: str) -> list[tuple[str, list[str], bool]]:
+    """(name, value of each run, whether they differ) of their settings or environments."""
+    names = dict.fromkeys(name for run in runs for name in getattr(run, which))
+    rows = [(name, [number(getattr(run, which).get(name, "—")) for run in runs]) for name in names]
+    return [(name, values, len(set(values)) > 1) for name, values in rows]
+
+
+# ---- samples
+
+
+def before_and_after(runs: list[Run]) -> list[dict]:
+    """Answers to the same problems side by side: first and last evaluation of a run; runs with one evaluation beside the first of them."""
+    sets = [[(step if step and len(runs) == 1 else f"{run.name} {step}".strip(), rows) for step, rows in run.answers] for run in runs if run.answers]
+    single = [answers[0] for answers in sets if len(answers) == 1]
+    pairs = [(answers[0], answers[-1]) for answers in sets if len(answers) > 1] + [(single[0], other) for other in single[1:]]
+    return [compared for pair in pairs or [single[:1]] if (compared := compare(pair))]
+
+
+def compare(named: list[tuple[str, list[dict]]]) -> dict | None:
+    """First answers to the problems that all have, some of each fate; None where they have none in common."""
+    columns = [{(row["id"], row["prompt"]): row for row in rows if row["sample"] == 0} for _, rows in named]
+    common = [[column[key] for column in columns] for key in columns[0] if all(key in column for column in columns)] if columns else []
+    fates: dict[tuple, list] = {}
+    for rows in common:
+        fates.setdefault(tuple(bool(row["correct"]) for row in rows), []).append(rows)
+    order = ((False, True), (True, False), (False, False), (True, True), (True,), (False,))
+    paired = compare_paired(*([row["correct"] for row in rows] for rows in zip(*common))) if common and len(columns) > 1 else None
+    return {"names": [name for name, _ in named], "n": len(common), "paired": paired,
+            "shown": [rows for fate in order for rows in fates.get(fate, [])[:N_ITEMS]]} if common else None
+
+
+def coloured(responses: list[dict]) -> tuple[list[list[dict]], tuple[float, float, float]]:
+    """Responses by problem, each token with a background: orange below the mean of all that is shown, blue above; and lowest, mean, highest."""
+    shown = [p for response in responses for p in response["probabilities"]]
+    low, mean, high = min(shown), sum(shown) / len(shown), max(shown)
+    problems: dict[str, list[dict]] = {}
+    for response in responses:
+        strengths = [(p - mean) / ((high - mean if p > mean else mean - low) or 1) for p in response["probabilities"]]
+        response["spans"] = [(piece, f"rgba({'59,130,246' if x > 0 else '234,110,10'},{0.75 * abs(x):.2f})", f"{p:.3f}")
+                             for piece, x, p in zip(response["pieces"], strengths, response["probabilities"])]
+        problems.setdefault(response["id"], []).append(response)
+    return list(problems.values()), (low, mean, high)
+
+
+# ---- the page
+
+
+def write(paths: list[str], out: str) -> str:
+    """Write the report of these runs to `out`, and its curves beside it as .png; returns `out`. Raises as read_run does."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    paths = list(dict.fromkeys(map(os.path.abspath, paths)))
+    runs = [read_run(path, name) for path, name in zip(paths, names_of(paths))]
+    curves = curves_of(runs)
+    svgs = [(script, own, [(title, as_svg(draw, title, f"{script} {title}")) for title, draw in of_script]) for script, own, of_script in curves]
+    scored = [(run, record["step"], *coloured(record["responses"])) for run in runs for record in run.of("scored")[-1:]]
+    lines = [(panel[0] + (f" ({label})" if len(panel[2]) > 1 else ""), panel[1], [series(run, kind, name, 10**9)[1] for run in runs])
+             for panel in PANELS for kind, name, label in panel[2]]
+    environment = Environment(loader=FileSystemLoader(os.path.dirname(os.path.abspath(__file__))), autoescape=True, undefined=StrictUndefined,
+                              trim_blocks=True, lstrip_blocks=True)
+    page = environment.get_template("report.html").render(
+        runs=runs, curves=svgs, scored=scored, lines=[line for line in lines if any(line[2])], samples=before_and_after(runs), number=number,
+        duration=duration, headlines=headlines, wall_seconds=wall_seconds, phases=seconds_by_phase, colours=COLOURS,
+        memory=memory, settings=table(runs, "settings"), environments=table(runs, "environment"),
+        drawn_samples=[(run, [record for record in run.of("samples")][:: max(1, len(run.of("samples")) - 1)]) for run in runs if run.of("samples")])
+    os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+    with open(out, "w", encoding="utf-8") as file:
+        file.write(page)
+    if curves:
+        write_png(os.path.splitext(out)[0] + ".png", curves)
+    return out
+
+
+def at_the_end(log_dir: str) -> None:
+    """For the scripts, when all else is done: a report that cannot be written is no reason to fail."""
+    again = f"python -m llama_rlhf.report {shlex.quote(log_dir)}"
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"for a report with curves: pip install matplotlib && {again}")
+        return
+    try:
+        print(f"report: {write([log_dir], os.path.join(log_dir, 'report.html'))}")
+    except Exception as error:      # noqa: BLE001
+        print(f"no report: {type(error).__name__}: {error}. The run itself is complete; try again with {again}", file=sys.stderr)
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m llama_rlhf.report", description="Write one or several runs as a single HTML file, and their curves as PNG.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="save_dir or log_dir of a training script, or log_dir of an evaluation")
+    parser.add_argument("--out", default="", help="default: report.html in the run's log_dir; of several runs, in the current folder")
+    given = parser.parse_args(words)
+    try:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("the report draws with matplotlib, which is not installed. Run `pip install matplotlib`.")
+        out = given.out or ("report.html" if len(given.runs) > 1 else os.path.join(read_run(given.runs[0], "").folder, "report.html"))
+        print(write(given.runs, out))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
