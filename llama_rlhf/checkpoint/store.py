@@ -185,9 +185,11 @@ def existing_saves(folder: str) -> list[str]:
     return sorted(name for name in os.listdir(folder) if _SAVE.fullmatch(name)) if os.path.isdir(folder) else []
 
 
-# flags that may differ between a run and its continuation: they do not change its numbers
+# flags that may differ between a run and its continuation: they do not change its numbers. (A run's folder may have been moved; where the
+# checkpoints it began from are is compared by what the paths led to, not by how they were written.)
 _HARMLESS = {"resume", "log_dir", "timeout_seconds", "save_steps", "keep_last", "save_rollouts", "log_steps", "eval_steps", "eval_batch_size",
-             "keep_resident", "plan", "plan_ranks", "model_parallel_size", "check_steps", "doctor", "validate", "tracker", "write_report"}
+             "keep_resident", "plan", "plan_ranks", "model_parallel_size", "check_steps", "doctor", "validate", "tracker", "write_report",
+             "save_dir", "actor_save_dir", "critic_save_dir", "ckpt_dir", "actor_ckpt_dir", "critic_ckpt_dir", "reward_model_ckpt_dir"}
 
 
 def identity(arguments: dict, dtype, **started_from: str) -> dict:

@@ -103,7 +103,8 @@ def protocol(folder, toy, args):
         rows, wrong = [], []
         for rank in range(2):
             copy()
-            assert run(script, flags, 2, [("kill_at_event", rank, n_saves, 0, folder / "seen")], folder=folder).ok
+            listed = run(script, flags, 2, [("kill_at_event", rank, n_saves, 0, folder / "seen")], folder=folder)
+            assert listed.ok, listed.texts[rank][-3000:]
             names = json.loads((folder / "seen").read_text())
             chosen = [k for k, name in enumerate(names, 1) if name != "tensor" or (k % 8 == 0 if not args.quick else k % 30 == 0)]
             for k in chosen[:: 6 if args.quick else 1]:
