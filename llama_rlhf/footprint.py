@@ -21,11 +21,11 @@ from llama_rlhf.generation import _PREFILL_TOKENS
 from llama_rlhf.models.transformer import CausalLM, Rows, Transformer, recompute_period
 from llama_rlhf.parallel import groups
 from llama_rlhf.parallel.gradients import _FLUSH_BYTES
-from llama_rlhf.parallel.layers import Lora, adapters_held, walk
+from llama_rlhf.parallel.layers import Lora, bytes_held, walk
 from llama_rlhf.sampling import Sampling, choose
 from llama_rlhf.trainer import _BUCKET, Trainer, response_logprobs, response_values
 
-KINDS = ("weights", "optimizer", "gradients", "activations", "logits", "KV cache")
+KINDS = ("weights", "weight copies", "optimizer", "gradients", "activations", "logits", "KV cache")
 _PHASES = ("forward", "loss", "last block", "first block")      # of a training step, in order
 
 
@@ -144,7 +144,7 @@ def generating(config: ModelConfig, prompt: int, longest: int, slots: int, *, lo
         lengths = torch.zeros(slots, dtype=torch.long, device=groups.device())
         model.register_forward_hook(lambda *_: live.at("sampling"))
         # with experts their counts are real numbers among fake tensors, which inference mode does not allow
-        with torch.no_grad(), torch.inference_mode(config.n_experts == 0), live, adapters_held(model, dtype):
+        with torch.no_grad(), torch.inference_mode(config.n_experts == 0), live:
             cache = model.new_cache(slots, longest)
             live.at("forward")
             cache.begin_prefill(list(range(len(packed))), packed)
@@ -153,8 +153,8 @@ def generating(config: ModelConfig, prompt: int, longest: int, slots: int, *, lo
             cache.begin_decode(lengths, longest - 1)
             hidden = model(lengths, Rows([1] * slots, lengths), cache)
             choose(hidden, model.head_weight, model.partition.held["vocab"], Sampling(1.0), (lengths, lengths, lengths), with_logprobs=True)
-        return {**_weights(model), "KV cache": cache.n_bytes, "forward": live.peaks["forward"], "sampling": live.peaks["sampling"]}
+        return {**_weights(model), "weight copies": bytes_held(model, model.head_weight), "KV cache": cache.peak_bytes, "forward": live.peaks["forward"], "sampling": live.peaks["sampling"]}
 
     found = _over_layers(config, numbers)
-    found |= {"activations": found["forward"] - found["KV cache"], "logits": found["sampling"] - found["KV cache"], "peak": max(found["forward"], found["sampling"])}
+    found |= {"activations": found["forward"] - found["KV cache"], "logits": found["sampling"] - found["KV cache"], "peak": max(found["forward"], found["sampling"]) + found["weight copies"]}
     return found

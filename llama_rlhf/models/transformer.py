@@ -8,6 +8,7 @@ Families differ by switches of ModelConfig, never by name.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -75,8 +76,8 @@ class Rows:
         order = sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i])
         if order == list(range(len(order))):
             return self, None
-        starts = torch.tensor([0, *self.lengths]).cumsum(0).tolist()
-        tokens = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in order]).to(self.positions.device)
+        ends = list(itertools.accumulate(self.lengths))
+        tokens = torch.cat([torch.arange(ends[i] - self.lengths[i], ends[i]) for i in order]).to(self.positions.device)
         prompts = None if self.prompts is None else [self.prompts[i] for i in order]
         return Rows([self.lengths[i] for i in order], self.positions[tokens], prompts), tokens
 

@@ -106,14 +106,28 @@ def _multiply(module: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> 
     return F.linear(x, module.weight, bias)
 
 
+def _is_packed(weight: torch.Tensor) -> bool:
+    return _ONEDNN and not weight.is_cuda and weight.numel() > 0
+
+
 def held(weight: torch.Tensor, n_rows: int) -> torch.Tensor:
     """A frozen weight as `product` multiplies it fastest by n_rows rows: on a CPU a copy in oneDNN's own layout.
 
     For generation only: fp32 sums come out with twice the rounding error of torch's usual ones (still 1e-6 of the terms summed).
     """
-    if not _ONEDNN or weight.is_cuda or not weight.numel():
+    if not _is_packed(weight):
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), n_rows)
+
+
+def _copied(model: nn.Module) -> list[nn.Module]:
+    """The linear layers of the blocks that get a copy; the head is the caller's, who multiplies by it."""
+    return [module for module in model.layers.modules() if hasattr(module, "held") and (module.lora_a is not None or _is_packed(module.weight))]
+
+
+def bytes_held(model: nn.Module, head: torch.Tensor) -> int:
+    """Of the copies that `weights_held` and `held(head)` make."""
+    return sum(module.weight.nbytes for module in _copied(model)) + (head.nbytes if _is_packed(head) else 0)
 
 
 @contextlib.contextmanager
@@ -122,8 +136,7 @@ def weights_held(model: nn.Module, n_rows: int):
 
     n_rows: of the usual product. Where memory is short nothing is copied.
     """
-    modules = [module for module in model.modules() if hasattr(module, "held")]
-    copied = [module for module in modules if module.lora_a is not None or _ONEDNN and not module.weight.is_cuda]
+    copied = _copied(model)
     if sum(module.weight.nbytes for module in copied) > groups.free_memory() / 2:
         copied = []
     for module in copied:
@@ -135,7 +148,7 @@ def weights_held(model: nn.Module, n_rows: int):
     try:
         yield
     finally:
-        for module in modules:
+        for module in copied:
             module.held = None
 
 
