@@ -236,7 +236,8 @@ class SentencePieceTokenizer(Tokenizer):
             else:
                 # Every piece of text gets sentencepiece's own leading space. Templates that write this space after
                 # a control token ("[INST] {text}") would otherwise have it twice.
-                ids += self._model.EncodeAsIds(part[1:] if n and part[0] == " " else part)
+                with reading("tokenizer.model", "cannot encode this text with it"):  # half of a surrogate pair, from json
+                    ids += self._model.EncodeAsIds(part[1:] if n and part[0] == " " else part)
         return ids
 
     def _decode_text(self, ids):
