@@ -74,6 +74,8 @@ def initialize(model_parallel_size: int = -1, *, timeout_seconds: float = 600.0,
     _state["dp"] = fairscale_groups.get_data_parallel_group()
     _state["places"] = (dist.get_world_size(_state["tp"]), dist.get_rank(_state["tp"]), dist.get_world_size(_state["dp"]), dist.get_rank(_state["dp"]))
     _state["shared_memory"] = None
+    # torch seeds each process by chance. Nothing here draws from its generators, but a user's reward function may, on every rank alike
+    torch.manual_seed(0)
     if world > 1:
         from llama_rlhf.parallel.regions import traffic     # it imports this module
         store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store())
