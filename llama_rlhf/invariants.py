@@ -116,7 +116,7 @@ def _texts(examples, tokenizer, max_seq_len: int, chat: bool) -> list[Check]:
     if rows and hasattr(rows[0][1], "prompt_len"):
         wrong = [e.id for row, e in rows if row[-1] not in tokenizer.eos_ids and len(row) < max_seq_len]
         judged = hasattr(rows[0][1], "responses")       # responses that were cut while they were generated have no end
-        checks.append(Check("the last label is the end token", (None if judged and len(wrong) < len(rows) else False) if wrong else True,
+        checks.append(Check("the last label is the end token", (None if judged else False) if wrong else True,
                             f"not records {', '.join(map(str, wrong[:5]))}, {len(wrong)} of {len(rows)}" if wrong else f"{len(rows)} texts",
                             "the tokenizer names no end token, or another than the model's generation_config.json"))
     return checks
