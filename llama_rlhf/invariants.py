@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import random
 from array import array
 from collections import defaultdict
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from llama_rlhf.generation import generate
 from llama_rlhf.models.transformer import CausalLM, Transformer
 from llama_rlhf.parallel import groups
 from llama_rlhf.parallel.layers import piece_of, walk
-from llama_rlhf.sampling import Sampling
+from llama_rlhf.sampling import Sampling, keyed_uniform
 from llama_rlhf.trainer import response_logprobs
 
 _TEXTS = 200            # of the data, for the checks of single texts
@@ -94,13 +95,14 @@ def counters(trainers: dict, *, step: int, grad_norm: float | None = None, texts
 
 
 def _same_start(examples) -> list[Check]:
-    some = examples[:: max(1, len(examples) // 1000)]
+    some, seed, places = examples[:: max(1, len(examples) // 1000)], cli.resolved.get("seed", 0), torch.arange(4, device=groups.device())
+    draws = keyed_uniform(seed, places, places, places)        # all random numbers of a run are functions of the seed and a place; torch's generator is not used
     return [_agree("flags, versions and data are the same on all ranks",
                    {**{f"--{key}": str(value) for key, value in cli.resolved.items()}, "torch": torch.__version__,
                     "training data": (len(examples), _texts_digest(e.tokens for e in some))},
                    "the command or the data file differs between nodes"),
-            _agree("random generators are the same on all ranks", {"torch's state": hashlib.blake2b(bytes(torch.get_rng_state().tolist()), digest_size=8).hexdigest()},
-                   "code that ran before drew random numbers on some ranks only")]
+            _agree("random numbers are the same on all ranks", {"samples": draws.tolist(), "order": random.Random(f"{seed}/0").random()},
+                   "--seed, the device or the version of Python differs between nodes")]
 
 
 def _texts(examples, tokenizer, max_seq_len: int, chat: bool) -> list[Check]:

@@ -24,8 +24,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests/campaigns"), *filter(None, [os.environ.get("PYTHONPATH")])])
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch._dynamo", "fire", "tqdm", "llama_rlhf.ppo", "llama_rlhf.roles", "llama_rlhf.evaluation", "llama_rlhf.runlog", "jobs"])
+PRELOAD = ["torch", "torch._dynamo", "fire", "tqdm", "llama_rlhf.ppo", "llama_rlhf.roles", "llama_rlhf.evaluation", "llama_rlhf.runlog", "jobs"]       # the optimizer imports torch._dynamo: a second
 
 
 # ---- what a rank does ----------------------------------------------------------------------------------------------

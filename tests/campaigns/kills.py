@@ -116,8 +116,8 @@ def protocol(folder, toy, args):
                 good = cut.codes[rank] == -9 and None not in cut.codes and again.ok and end_of("cut") == end_of(f"{kind}-whole") \
                     and all(between.get(name, files) == files for name, files in before.items()) and not list((folder / "cut").glob(".tmp-*"))
                 rows.append(f"  rank {rank} before {k:3} {names[k - 1]:40} {'recovered' if good else f'LOST {cut.codes} {again.codes} {again.error(0)}'}")
+                print(rows[-1], flush=True)
                 wrong += [] if good else [k]
-        print("\n".join(rows))
         print(f"{kind}: {len(rows)} SIGKILLs, one before each step of saving, {len(rows) - len(wrong)} recovered to the undisturbed bits")
         all_good &= not wrong
     return all_good
@@ -335,6 +335,9 @@ def soak(folder, toy, args):
     process = torchrun("--nproc_per_node", 2, "--max-restarts", 50, "--master_port", 29507, __file__, "inner", plan, script,
                        *words({**flags, "save_dir": folder / "cut"}), environment={"KILLS_MARK": mark})
     output, _ = process.communicate()
+    if process.returncode:
+        print(*(line for line in output.splitlines() if "rror" in line), sep="\n")
+        return False
     rows = [[json.loads(line) for line in open(folder / f"soak-{rank}.jsonl")] for rank in range(2)]
     faults = [(row["step"], row["fault"]) for row in rows[0] if row["fault"]]
     equal = process.returncode == 0 and not differences_of_saves(folder / "whole", folder / "cut")
@@ -347,8 +350,6 @@ def soak(folder, toy, args):
     print(f"{steps} steps, {len(faults)} faults in {len(rows[0])} steps begun: {faults}\nrestarts by torchrun: {attempts}\nfinal save equals the undisturbed run's: {equal}\n"
           f"processes left: {alive}, files left in /dev/shm and save_dir: {left}\nwithin one attempt of {len(longest)} steps, after its first quarter: memory "
           f"{slope:+.4f} MB per step, open files {half[0]['files']} -> {half[-1]['files']}, threads {half[0]['threads']} -> {half[-1]['threads']}")
-    if not equal:
-        print(output[-3000:])
     return equal and not alive and not left and slope < 0.1 and half[-1]["files"] <= half[0]["files"] + 1 and attempts > 0
 
 
@@ -423,7 +424,7 @@ def _hosts(folder, toy, args, a, b, sh):
     equal = codes == [0, 0] and not differences_of_saves(folder / "one", folder / "two")
     print(f"two hosts, one disk: exit codes {codes}, the last save equals that of four ranks on one host: {equal}", flush=True)
     if not equal:
-        print(text(a)[-1500:], text(b)[-1500:])
+        print(*(line for name in (a, b) for line in text(name).splitlines() if "rror" in line), sep="\n")
     (folder / "own").mkdir()
     codes, seconds = finish(start({**flags, "save_dir": folder / "own/run"}, own_disk=folder / "own"))
     said = next((line for line in (text(a) + text(b)).splitlines() if "is not the folder that rank 0" in line), "")
@@ -442,7 +443,7 @@ def _hosts(folder, toy, args, a, b, sh):
     again = codes == [0, 0] and not differences_of_saves(folder / "one", folder / "cut")
     print(f"link mended, the same commands again: exit codes {codes}, the last save equals the undisturbed one: {again}")
     if not again:
-        print(text(a)[-1500:], text(b)[-1500:])
+        print(*(line for name in (a, b) for line in text(name).splitlines() if "rror" in line), sep="\n")
     return equal and separate and cut and again
 
 
@@ -460,6 +461,7 @@ def main():
     parser.add_argument("--only", default="", help="only rows that hold this text, such as PPO or 'PPO/tensor'")
     parser.add_argument("--quick", action="store_true", help="a sample of each")
     args = parser.parse_args()
+    jobs._context.set_forkserver_preload(jobs.PRELOAD)
     good = True
     for name in args.campaign:
         started = time.monotonic()
