@@ -1,4 +1,4 @@
-"""Run the training scripts on forked ranks and do them harm at a chosen place: what kills.py and test_kills.py are made of.
+"""Run the training scripts on forked ranks and do them harm at a chosen place: what kills.py is made of.
 
 A rank is a process of the real script, forked from a server that has imported torch once. A plant is a tuple (name, rank or -1 for
 all, arguments) that changes a function before the script starts, so that the process dies, stops, or errs there.

@@ -9,7 +9,7 @@
     python tests/campaigns/kills.py hosts                # two hosts made of network namespaces (root): shared disk, own disks, link cut
 
 CPU only, models of 0.06 M weights, files in a temporary folder. Each prints a table and exits with 1 when anything is lost.
-A measurement during which this machine stood still is repeated. tests/test_kills.py runs a small part of all this.
+A measurement during which this machine stood still is repeated.
 """
 
 import argparse
