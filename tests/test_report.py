@@ -109,7 +109,7 @@ def test_a_browser_opens_it(hostile, tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         done = subprocess.run([browser(), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--enable-logging=stderr",
-                               "--window-size=1400,1000", "--dump-dom", f"http://127.0.0.1:{server.server_address[1]}/frames.html"], capture_output=True, text=True, timeout=90)
+                               "--window-size=1400,1000", "--dump-dom", f"http://127.0.0.1:{server.server_address[1]}/frames.html"], capture_output=True, text=True, timeout=300)
         server.shutdown()
     assert done.returncode == 0, done.stderr
     assert "CONSOLE" not in done.stderr, done.stderr
