@@ -152,10 +152,8 @@ def headlines(run: Run) -> list[str]:
 
 
 def number(value) -> str:
-    """Four digits are enough for people; whatever is no number as it is."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    """What was measured: four digits are enough for people."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def duration(seconds: float) -> str:
@@ -165,9 +163,10 @@ def duration(seconds: float) -> str:
 
 
 def table(runs: list[Run], which: str) -> list[tuple[str, list[str], bool]]:
-    """(name, value of each run, whether they differ) of their settings or environments."""
+    """(name, value of each run as it was, whether they differ) of their settings or environments."""
+    text = lambda value: "" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)  # noqa: E731
     names = dict.fromkeys(name for run in runs for name in getattr(run, which))
-    rows = [(name, [number(getattr(run, which).get(name, "—")) for run in runs]) for name in names]
+    rows = [(name, [text(getattr(run, which).get(name, "—")) for run in runs]) for name in names]
     return [(name, values, len(set(values)) > 1) for name, values in rows]
 
 

@@ -150,7 +150,9 @@ def test_what_a_continued_run_has_superseded_does_not_count(tmp_path, world_of_o
 def test_small_things():
     assert thin([(n, 2.0 * n) for n in range(10)], 4) == ((1, 4, 7, 9), (2.0, 8.0, 14.0, 18.0)) and thin([], 4) == ((), ())
     assert report.names_of(["/runs/a/ppo/log", "/runs/a/grpo"]) == ["ppo", "grpo"] and report.names_of(["/runs/x/log", "/runs/b/x"]) == ["x", "b/x"]
-    assert [report.number(value) for value in (0.0123456, 3, None, [1, 2], True)] == ["0.01235", "3", "", "1, 2", "True"]
+    assert [report.number(value) for value in (0.0123456, 3, 12345678)] == ["0.01235", "3", "12345678"]
+    runs = [report.Run(name, "", "", {"lr": 1.23456e-5, "compare": ["a", "b"], "limit": limit, "chat": None}, {}) for name, limit in (("a", 1), ("b", 2))]
+    assert report.table(runs, "settings") == [("lr", ["1.23456e-05"] * 2, False), ("compare", ["a, b"] * 2, False), ("limit", ["1", "2"], True), ("chat", ["", ""], False)]
 
 
 def test_the_progress_line_shows_time_left_and_throughput_of_this_session(tmp_path, capsys, world_of_one):

@@ -230,7 +230,7 @@ def test_what_does_not_fit_a_run_is_named_and_damage_is_stepped_over(toy, tmp_pa
 def test_sigterm_saves_and_the_same_command_continues(toy, tmp_path):
     import signal
     flags = [f"--{k}={v}" for k, v in dict(ckpt_dir=toy / "hf", train_file=toy / "train.json", max_seq_len=96, max_batch_size=1, epochs=40, log_steps=1,
-                                           dtype="fp32", device="cpu", save_dir=tmp_path / "run").items()]
+                                           write_report="false", dtype="fp32", device="cpu", save_dir=tmp_path / "run").items()]
     command = [sys.executable, "-u", "solver_train.py", *flags]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     for line in process.stdout:
@@ -282,7 +282,7 @@ def test_torchrun_itself(toy, split, tmp_path):
 def test_the_contract_under_torchrun(toy, split, tmp_path):
     """Fine-tune, verify, reinforce: the commands as people type them, each on the result of the one before, two gloo ranks."""
     def torchrun(script, **flags):
-        words = [word for key, value in {**flags, "device": "cpu", "dtype": "fp32"}.items() for word in (f"--{key}", str(value))]
+        words = [word for key, value in {**flags, "device": "cpu", "dtype": "fp32", "write_report": "false"}.items() for word in (f"--{key}", str(value))]
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", script, *words], cwd=ROOT, capture_output=True,
                               text=True, timeout=180)
         assert done.returncode == 0, done.stderr[-3000:]
