@@ -94,6 +94,9 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             [{"params": [master for name, _, master in self.own if decays[name] == d], "weight_decay": weight_decay * d} for d in (True, False)],
             lr=lr, betas=betas, eps=eps, fused=True)
+        # as AdamW would at its first step; now, so that what stays lies together, below what comes and goes
+        for _, p, master in self.own:
+            self.optimizer.state[master] = {"step": torch.zeros((), device=p.device), **{key: torch.zeros_like(p, dtype=torch.float32) for key in ("exp_avg", "exp_avg_sq")}}
 
     def _accumulate(self, parameter: torch.nn.Parameter) -> None:
         total = self._gradients.get(parameter)
@@ -113,7 +116,7 @@ class Trainer:
 
     @property
     def state_bytes(self) -> int:
-        """Of moments, masters and compensation on this rank, once the first step has made them."""
+        """Of moments, masters and compensation on this rank."""
         return sum(8 * p.numel() + (0 if master is p else 2 * p.numel() if p in self._rest else 4 * p.numel()) for _, p, master in self.own)
 
     def counters(self) -> dict:
@@ -218,7 +221,7 @@ class Trainer:
         state = {"counters": torch.tensor([self.n_steps, self.skipped_steps, self.skipped_in_a_row, self._steps_at_scale]),
                  "loss_scale": torch.tensor(self.loss_scale or 1.0)}
         for name, p, master in self.own:
-            state |= {f"{name}.{key}": value for key, value in self.optimizer.state.get(master, {}).items()}
+            state |= {f"{name}.{key}": value for key, value in self.optimizer.state[master].items()}
             if p in self._rest:
                 state[f"{name}.rest"] = self._rest[p]
             elif master is not p:
@@ -236,13 +239,9 @@ class Trainer:
                              "with the settings the run was started with, or start a new run from its weights.")
         self.n_steps, self.skipped_steps, self.skipped_in_a_row, self._steps_at_scale = (*counters, 0)[:4]
         self.loss_scale = float(state["loss_scale"]) if self.loss_scale else None
-        for name, p, master in self.own:
-            moments = {key: state[f"{name}.{key}"].to(p.device) for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in state}
-            if moments:
-                self.optimizer.state[master] = moments
-            for key, target in (("master", master.detach()), ("rest", self._rest.get(p))):
-                if f"{name}.{key}" in state:
-                    target.copy_(state[f"{name}.{key}"])
+        for name, p, master in self.own if found else ():
+            for key, target in (*self.optimizer.state[master].items(), *((key, {"master": master.detach(), "rest": self._rest.get(p)}[key]) for key in more(p, master))):
+                target.copy_(state[f"{name}.{key}"])
 
     def move_state(self, device: torch.device) -> None:
         """Masters, compensation and moments to another device, between steps (see roles.Roles.using)."""
@@ -252,7 +251,7 @@ class Trainer:
                 self._rest[p] = self._rest[p].to(device, non_blocking=not waits)
             if master is not p:
                 master.data = master.data.to(device, non_blocking=not waits)
-            for key, value in self.optimizer.state.get(master, {}).items():
+            for key, value in self.optimizer.state[master].items():
                 self.optimizer.state[master][key] = value.to(device, non_blocking=not waits)
 
     @staticmethod
