@@ -44,8 +44,8 @@ class Plan:
 
     def __str__(self) -> str:
         rows = {**({"base of all roles": {"weights": self.shared}} if self.shared else {}), **self.roles}
-        return "\n".join([self.title, "GB (1e9 bytes)".ljust(20) + "".join(kind.rjust(13) for kind in KINDS),
-                          *(role.ljust(20) + "".join(f"{kinds.get(kind, 0) / 1e9:13.3f}" for kind in KINDS) for role, kinds in rows.items()),
+        return "\n".join([self.title, "GB (1e9 bytes)".ljust(20) + "".join(kind.rjust(15) for kind in KINDS),
+                          *(role.ljust(20) + "".join(f"{kinds.get(kind, 0) / 1e9:15.3f}" for kind in KINDS) for role, kinds in rows.items()),
                           f"at once at most {self.total / 1e9:.3f} GB on a rank: weights and optimizer state stay, the others come and go"])
 
     def show(self) -> None:
