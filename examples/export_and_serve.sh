@@ -14,8 +14,11 @@ needs POLICY_LOAD "the folder to export: a save_dir, or one of its epoch-N and s
 SAVE_PATH=${SAVE_PATH:-${POLICY_LOAD%/}-hf}
 tokenizer=(); [ -z "${TOKENIZER_MODEL:-}" ] || tokenizer=(--tokenizer_file "$TOKENIZER_MODEL")
 
-say "1. $POLICY_LOAD as a Hugging Face folder, adapters merged"
-[ -e "$SAVE_PATH" ] || "$PYTHON" checkpoint_split.py --ckpt_file "$POLICY_LOAD" --save_path "$SAVE_PATH" --format hf --merge_lora --dtype "${DTYPE:-bf16}" "${tokenizer[@]}"
+if [ ! -e "$SAVE_PATH" ]; then
+    say "1. $POLICY_LOAD as a Hugging Face folder, adapters merged"
+    merge=(); [[ $({ PYTHONUNBUFFERED=1 "$PYTHON" checkpoint_split.py --inspect "$POLICY_LOAD" || true; } | head -n 1) != *adapters* ]] || merge=(--merge_lora)
+    "$PYTHON" checkpoint_split.py --ckpt_file "$POLICY_LOAD" --save_path "$SAVE_PATH" --format hf --dtype "${DTYPE:-bf16}" "${merge[@]}" "${tokenizer[@]}"
+fi
 
 say "2. transformers reads it"
 "$PYTHON" - "$SAVE_PATH" "${PROMPT:-Three apples and four apples are how many apples?}" <<'PY'
