@@ -51,6 +51,6 @@ written: $SAVE_PATH. It holds config.json, safetensors and the tokenizer; whatev
 
   vllm serve $SAVE_PATH
   python -m sglang.launch_server --model-path $SAVE_PATH
-  transformers serve --force-model $SAVE_PATH
+  transformers serve $SAVE_PATH
   lm_eval --model hf --model_args pretrained=$SAVE_PATH --tasks gsm8k --batch_size 8
 TEXT

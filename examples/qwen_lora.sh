@@ -42,7 +42,7 @@ fi
 
 test_on() { launch solver_evaluate.py --ckpt_dir "$1" --log_dir "$SAVE_PATH/$2-test" --label_file "$TEST_PATH" --limit "${TEST_LIMIT:--1}" "${answers[@]}" "${chat[@]}"; }
 
-runs=()
+runs=
 if [ -z "${POLICY_LOAD:-}" ]; then
     needs LOAD_PATH "an instruction-tuned model"
     say "1. before"
@@ -51,7 +51,7 @@ if [ -z "${POLICY_LOAD:-}" ]; then
     launch solver_train.py --ckpt_dir "$LOAD_PATH" --save_dir "$SAVE_PATH/solver" --train_file "$DATASET_PATH" --model_type "$MODEL" \
         --max_seq_len "${MAX_SEQ_LEN:-512}" --max_steps "${MAX_STEPS:--1}" "${train[@]}" "${chat[@]}"
     POLICY_LOAD=$SAVE_PATH/solver
-    runs=("$SAVE_PATH/before-test")
+    runs=$SAVE_PATH/before-test,
 fi
 test_on "$POLICY_LOAD" solver
 
@@ -65,5 +65,5 @@ say "4. the adapters for the peft package, and a merged Hugging Face folder"
 [ -e "$SAVE_PATH/hf" ] || once "$PYTHON" checkpoint_split.py --ckpt_file "$SAVE_PATH/actor" --save_path "$SAVE_PATH/hf" --format hf --merge_lora
 
 say "before, fine-tuned and after GRPO on $TEST_PATH"
-runs+=("$SAVE_PATH/solver-test" "$SAVE_PATH/actor-test")
-once "$PYTHON" solver_evaluate.py --compare "${runs[@]}"
+runs+=$SAVE_PATH/solver-test,$SAVE_PATH/actor-test
+once "$PYTHON" solver_evaluate.py --compare "$runs"

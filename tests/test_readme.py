@@ -10,7 +10,7 @@ import pytest
 from llama_rlhf import cli
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-DOCUMENTS = [os.path.join(folder, name) for folder in (ROOT, *(os.path.join(ROOT, *f.split("/")) for f in ("docs", "examples", "examples/arithmetic")))
+DOCUMENTS = [os.path.join(folder, name) for folder in (ROOT, *(os.path.join(ROOT, *f.split("/")) for f in ("docs", "docs/scripts", "examples", "examples/arithmetic")))
              for name in sorted(os.listdir(folder)) if name.endswith((".md", ".sh", ".sbatch"))]
 
 
@@ -25,9 +25,10 @@ def commands():
             line = re.sub(r'"\$\{chat\[@\]\}"', "--use_chat_template", line)
             line = line.replace('"${small[@]}"', "--dtype fp32").replace('"$@"', "").replace('"$PYTHON"', "python").rstrip("} ;")
             line = re.sub(r'"\$\{(?!torchrun)\w+\[@\]\}"', "", line)      # arrays of flags: the recipes' tests run them
+            line = re.sub(r"^( *plan .*)", r"\1 --plan", line).split(" || ")[0]
             line = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", line)
             line = re.sub(r"\$\w+", "1", line.replace('"${torchrun[@]}"', "torchrun"))      # shell variables: any value will do
-            if match := re.search(r"(?:torchrun|python3?|^ *launch|^ *plan|[{] launch) (?!-m ).*?(\w+(?:/\w+)*\.py)( .*)?$", line.strip("` ")):
+            if match := re.search(r"(?:torchrun|python3?|^ *launch|^ *plan|[{] launch) .*?(\w+(?:/\w+)*\.py)( .*)?$", line.strip("` ")):
                 yield pytest.param(match[1], shlex.split((match[2] or "").split("  #")[0].split("`")[0]), id=f"{os.path.basename(document)}-{match[1]}")
 
 

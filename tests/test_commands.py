@@ -1,0 +1,31 @@
+"""docs/scripts/*.md say what the scripts' own --help says, every flag with its default; no page is out of date."""
+
+import importlib.util
+import os
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+spec = importlib.util.spec_from_file_location("make_commands", os.path.join(ROOT, "docs", "make_commands.py"))
+make_commands = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make_commands)
+
+
+@pytest.mark.parametrize("script", make_commands.PAGES)
+def test_every_flag_stands_on_its_page_with_its_default_and_meaning(script):
+    from llama_rlhf import cli
+    with open(os.path.join(ROOT, "docs", "scripts", script[:-3] + ".md"), encoding="utf-8") as file:
+        text = file.read()
+    rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `--")}
+    parameters = cli._parameters(make_commands.main_of(script))
+    assert rows.keys() == {f"--{name}" for name in parameters}, "run python docs/make_commands.py"
+    for name, p in parameters.items():
+        cells = rows[f"--{name}"].strip("| ").split(" | ")
+        assert cells[2] == ("required" if p.default is p.empty else f"`{cli._show_default(p)}`"), "run python docs/make_commands.py"
+        assert len(cells) == 4 and cells[3], f"--{name} has no description in the docstring"
+    assert text == make_commands.page(script), "out of date: run python docs/make_commands.py"
+
+
+def test_every_script_has_a_page():
+    scripts = {name for name in os.listdir(ROOT) if name.endswith(".py") and "from llama_rlhf.cli import run" in open(os.path.join(ROOT, name)).read()}
+    assert scripts == set(make_commands.PAGES)
