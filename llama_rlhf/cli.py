@@ -84,6 +84,8 @@ def run(main):
                   "from the newest.", file=sys.stderr)
         else:
             traceback.print_exc()
+        if type(e).__name__ == "OutOfMemoryError" or isinstance(e, RuntimeError) and _LOST.search(str(e)):
+            print("docs/TROUBLESHOOTING.md says what to do.", file=sys.stderr)
         _exit(1)
 
 
