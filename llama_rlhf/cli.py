@@ -14,8 +14,9 @@
 
 The whole command line is checked against the signature before `main` is entered, so a misspelt flag costs a
 second, not a model load, and leaves nothing behind. Only the standard library is needed up to that point: import
-torch inside `main`. A `plan` flag among them makes required flags optional (""). `--config run.yaml` reads flags from a file; those on the command line win. The call itself goes through fire, which gets our parsed values instead of guessing types
-(left alone, fire reads a folder named 2024 as a number and `a,b` as a tuple).
+torch inside `main`. A `plan` flag among them makes required flags optional (""). `--config run.yaml` reads flags from
+a file; those on the command line win. The call itself goes through fire, which gets our parsed values instead of
+guessing types (left alone, fire reads a folder named 2024 as a number and `a,b` as a tuple).
 
 Exit codes: 0 done, 1 `main` failed, 2 wrong command line.
 """
@@ -309,7 +310,7 @@ def _show_default(parameter):
 def _read_docstring(main):
     """The text before "Args:", and a description for each argument named in it."""
     summary, _, section = (inspect.getdoc(main) or "").partition("\nArgs:\n")
-    descriptions, name = {}, None
+    descriptions, name, first_indent = {}, None, 0
     for line in section.splitlines():
         if line and not line[0].isspace():
             break  # the next section

@@ -108,7 +108,7 @@ class ModelConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> "ModelConfig":
+    def from_dict(cls, values: dict) -> ModelConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := values.keys() - known:
             raise ValueError(f"model config: unknown fields {sorted(unknown)}; this version knows {sorted(known)}")

@@ -117,7 +117,7 @@ class Rollout:
         return torch.cat([padded[i, :n] for i in rows for n in (len(self.tokens[i]) - self.prompt_lengths[i],)]).to(groups.device())
 
     @classmethod
-    def of(cls, responses: list[Response], settings: RolloutSettings) -> "Rollout":
+    def of(cls, responses: list[Response], settings: RolloutSettings) -> Rollout:
         lengths = [len(r.tokens) - r.prompt_length for r in responses]
         mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
 
@@ -137,7 +137,7 @@ class Rollout:
         torch.save({f.name: getattr(self, f.name) for f in fields(self)}, path)
 
     @classmethod
-    def load(cls, path: str) -> "Rollout":
+    def load(cls, path: str) -> Rollout:
         """ValueError when the file is not one of `save`."""
         try:
             check_torch_zip(path, whole=True)

@@ -163,7 +163,7 @@ def test_llama2_in_three_stages_with_a_verifier(toys, scripts, tmp_path):
 
 def test_llama2_from_given_models_and_by_the_rule(toys, scripts, tmp_path):
     """POLICY_LOAD leaves stage 1 out, REWARD=rule stage 2; flags of EXTRA take the place of the recipe's; a tokenizer from elsewhere."""
-    standin, calls = scripts
+    calls = scripts[1]
     del calls[:]
     run("llama2.sh", scripts, **{**SMALL, "EXTRA": SMALL["EXTRA"] + " --max_new_tokens=5"}, POLICY_LOAD=toys / "llama", REWARD="rule",
         DATASET_PATH=toys / "train.json", TEST_PATH=toys / "test.json", SAVE_PATH=tmp_path / "run", TOKENIZER_MODEL=toys / "small")

@@ -108,7 +108,8 @@ def test_presets_have_the_published_parameter_counts():
                  "llama-2-13b": 13015864320, "llama-2-70b": 68976648192, "mistral-7b-instruct-v0.2": 7241732096,
                  "qwen-7b": 7721324544, "qwen-14b": 14167290880, "qwen-72b": 72287920128, "tinyllama-1.1b": 1100048384,
                  "llama-3-8b": 8030261248, "llama-3-70b": 70553706496, "mixtral-8x7b": 46702792704, "qwen3-30b-a3b": 30532122624,
-                 "qwen3-235b-a22b": 235093634560, "bloom-560m": 559214592, "bloom-1b1": 1065314304, "qwen3-32b": 32762123264, "llama-3.2-1b": 1235814400, "qwen2.5-0.5b": 494032768, "qwen2.5-7b": 7615616512,
+                 "qwen3-235b-a22b": 235093634560, "bloom-560m": 559214592, "bloom-1b1": 1065314304, "qwen3-32b": 32762123264, "llama-3.2-1b": 1235814400,
+                 "qwen2.5-0.5b": 494032768, "qwen2.5-7b": 7615616512,
                  "qwen3-0.6b": 596049920, "smollm2-135m": 134515008}
     assert {name: PRESETS[name].n_parameters for name in published} == published
 

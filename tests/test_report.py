@@ -43,13 +43,15 @@ def samples(folder, step, correct):
 def hostile(tmp_path_factory):
     """The report of a PPO run and a verifier with markup wherever data can put it, folder names included."""
     tmp_path = tmp_path_factory.mktemp("hostile")
-    ppo = write_run(tmp_path / "<b>ppo" / "log", records=[*(iteration(step) for step in range(1, 5)), {"kind": "memory", "planned_bytes": 2e9, "peak_bytes": 1e9, "planned": {"actor": {"weights": 1.5e9, "optimizer": 5e8, "peak": 0}, "shared": 1e8}},
+    ppo = write_run(tmp_path / "<b>ppo" / "log", records=[*(iteration(step) for step in range(1, 5)), {"kind": "memory", "planned_bytes": 2e9, "peak_bytes": 1e9,
+                    "planned": {"actor": {"weights": 1.5e9, "optimizer": 5e8, "peak": 0}, "shared": 1e8}},
                     *({"kind": "samples", "step": s, "samples": [{"prompt": HOSTILE, "response": HOSTILE, "score": 1.0, "correct": None}]} for s in (1, 4))],
                     system_prompt=HOSTILE, lr=1e-5)
     samples(ppo, 0, [False, True, False, True])
     samples(ppo, 4, [True, False, True, True])
     scored = [{"id": str(n // 2), "prompt": HOSTILE, "judged": "right", "pieces": ["a", HOSTILE, "", "\nb"], "probabilities": [0.1, 0.2, 0.3, 0.9]} for n in range(3)]
-    verifier = write_run(tmp_path / "verifier&", "verifier_train.py", [{"kind": "train", "step": 1, "loss": 2.0, "lr": 0.1, "grad_norm": None, "seconds": 1.5}, {"kind": "train", "step": 2, "loss": 500.0},
+    verifier = write_run(tmp_path / "verifier&", "verifier_train.py", [{"kind": "train", "step": 1, "loss": 2.0, "lr": 0.1, "grad_norm": None, "seconds": 1.5},
+                                                                       {"kind": "train", "step": 2, "loss": 500.0},
                          {"kind": "scored", "step": 1, "responses": scored}], lr=2e-5)
     return report.write([str(tmp_path / "<b>ppo"), str(verifier)], str(tmp_path / "out" / "report.html"))
 

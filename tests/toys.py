@@ -102,8 +102,8 @@ def make_reference(folder, name, sizes, **options):
     reference = make_hf(os.path.join(folder, "model"), name, **options)
     save_pretrained(reference, os.path.join(folder, "transformers"))        # the same files but for first-generation Qwen
     logits = [reference(torch.tensor([row])).logits[0] for row in ROWS]
-    losses = [-l[n - 1:-1].log_softmax(-1).gather(1, torch.tensor(row[n:])[:, None]).flatten()
-              for row, n, l in zip(ROWS, PROMPTS, logits)]
+    losses = [-x[n - 1:-1].log_softmax(-1).gather(1, torch.tensor(row[n:])[:, None]).flatten()
+              for row, n, x in zip(ROWS, PROMPTS, logits)]
     torch.cat(losses).mean().backward()
     texts = []
     with torch.no_grad():

@@ -67,11 +67,11 @@ class Rows:
     prompts: list[int] | None = None
 
     @classmethod
-    def packed(cls, lengths: list[int], device=None, prompts: list[int] | None = None) -> "Rows":
+    def packed(cls, lengths: list[int], device=None, prompts: list[int] | None = None) -> Rows:
         positions = torch.cat([torch.arange(n) for n in lengths]) if lengths else torch.zeros(0, dtype=torch.long)
         return cls(list(lengths), positions.to(device or groups.device()), prompts)
 
-    def by_length(self) -> tuple["Rows", torch.Tensor | None]:
+    def by_length(self) -> tuple[Rows, torch.Tensor | None]:
         """The same rows, longest first, and where their tokens stood: [T] (None: the order is the same)."""
         order = sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i])
         if order == list(range(len(order))):

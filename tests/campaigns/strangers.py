@@ -14,7 +14,6 @@ import json
 import os
 import random
 import shutil
-import struct
 import sys
 import tempfile
 import time

@@ -251,7 +251,8 @@ else:
                     lambda: gsm8k.load(folder / "x.json"), lambda: plain.load(folder / "x.json")):
             user_errors(use)
 
-    answers = st.text(max_size=60) | st.lists(st.sampled_from(["#### ", "####", "\\boxed{", "}", "answer is ", "$", ",", ".", "-", "1", "23", "1,000", "\n", "Question:", " ", "{,}", "<<", ">>", "٣", "½"]), max_size=20).map("".join)
+    answers = st.text(max_size=60) | st.lists(st.sampled_from(["#### ", "####", "\\boxed{", "}", "answer is ", "$", ",", ".", "-", "1", "23", "1,000",
+                                                                  "\n", "Question:", " ", "{,}", "<<", ">>", "٣", "½"]), max_size=20).map("".join)
 
     @target("answer extraction", st.tuples(answers, answers, st.booleans()))
     def _(folder, value):
