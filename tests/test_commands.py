@@ -29,3 +29,19 @@ def test_every_flag_stands_on_its_page_with_its_default_and_meaning(script):
 def test_every_script_has_a_page():
     scripts = {name for name in os.listdir(ROOT) if name.endswith(".py") and "from llama_rlhf.cli import run" in open(os.path.join(ROOT, name)).read()}
     assert scripts == set(make_commands.PAGES)
+
+
+def test_the_installed_command_knows_the_five_scripts(monkeypatch, capsys):
+    """`llama-rlhf SCRIPT` answers like the script; the packaging takes along what it starts."""
+    from llama_rlhf import console
+    with open(os.path.join(ROOT, "pyproject.toml")) as file:
+        modules = next(line for line in file if line.startswith("py-modules"))
+    assert {f"{name}.py" for name in console.SCRIPTS} == set(make_commands.PAGES) and all(f'"{name}"' in modules for name in console.SCRIPTS)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT)
+    for words, code, said in ((["ppo-train", "--help"], 0, "--actor_ckpt_dir"), (["solver_train.py", "--ckpt_di", "x"], 2, "did you mean --ckpt_dir?"),
+                              (["nonsense"], 2, "checkpoint_split, solver_train"), ([], 0, "usage: llama-rlhf")):
+        monkeypatch.setattr("sys.argv", ["llama-rlhf", *words])
+        with pytest.raises(SystemExit) as end:
+            console.main()
+        assert end.value.code == code and said in "".join(capsys.readouterr())
