@@ -71,6 +71,7 @@ def main(
     replay: str = "",
     keep_resident: str = "auto",
     activation_checkpointing: str = "none",
+    sequence_parallel: bool = False,
     optimizer_precision: str = "master",
     zero: int = 0,
     tracker: str = "none",
@@ -160,6 +161,7 @@ def main(
         replay: a rollout-N.pt: one update from it instead of new responses, then save and stop; its scores are as they were
         keep_resident: auto, always or never: on CUDA, whether idle models stay on the device
         activation_checkpointing: what backward recomputes instead of keeping it: none, all blocks (about a third more time), mlp, or a number k: every k-th block
+        sequence_parallel: divide the tokens among the tensor-parallel ranks outside attention and feed-forward: less memory, the same numbers
         optimizer_precision: where the updates of bf16 weights go that bf16 cannot hold: master, an fp32 copy; kahan, 16 bits more, 2 bytes less
         zero: 1 shares the optimizer state among the data-parallel replicas
         tracker: none, tensorboard (files in log_dir) or wandb (offline unless WANDB_MODE says otherwise); metrics.jsonl is written always
@@ -190,7 +192,7 @@ def main(
     from llama_rlhf.checkpoint.export import companions_folder
     from llama_rlhf.checkpoint.shards import load_training_state, save_model
     from llama_rlhf.data import encode_prompt
-    from llama_rlhf.evaluation import check_vocabulary, encode_problems, evaluate, show
+    from llama_rlhf.evaluation import encode_problems, evaluate, show
     from llama_rlhf.interrupt import Interrupt
     from llama_rlhf.losses import kl_estimate
     from llama_rlhf.parallel import groups
@@ -202,7 +204,7 @@ def main(
     from llama_rlhf.rollout import Prompt, Reward, Rollout, RolloutSettings, collect, load_reward_function
     from llama_rlhf.runlog import Clock, PeakMemory, RunLog, check_tracker, peak_memory_gb
     from llama_rlhf.tasks import choose_rule, get_task, source_of
-    from llama_rlhf.tokenizer import load_tokenizer
+    from llama_rlhf.tokenizer import check_vocabulary, load_tokenizer
     from llama_rlhf.trainer import Trainer, check_options
 
     def chosen(value):
@@ -320,6 +322,7 @@ def main(
     for model in (actor, critic):
         if model is not None:
             model.recompute(activation_checkpointing)
+            model.sequence_parallel(sequence_parallel)
 
     per_epoch = len(fitting) // n_prompts
     iterations = per_epoch * epochs if max_iterations == -1 else min(per_epoch * epochs, max_iterations)

@@ -11,6 +11,7 @@ def main(
     log_dir: str = "",
     model_type: str = "",
     max_batch_size: int = 64,
+    max_cache_gb: float = -1.0,
     max_new_tokens: int = 256,
     max_seq_len: int = -1,
     limit: int = -1,
@@ -25,6 +26,7 @@ def main(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    stop: list[str] | None = None,
     seed: int = 0,
     write_report: bool = True,
     dtype: str = "auto",
@@ -48,7 +50,8 @@ def main(
         label_file: problems with labels, json, jsonl or parquet; default: the task's own, dataset/GSM8K/test.json for GSM8K
         log_dir: where to write; default: evaluate-TASK inside ckpt_dir's folder, or the verifier's with --samples_file
         model_type: a preset such as llama-2-7b, needed only when the checkpoint has no config of its own
-        max_batch_size: rows decoded together
+        max_batch_size: rows decoded together; fewer where memory does not allow it
+        max_cache_gb: most memory for keys and values on a rank, 10^9 bytes, which bounds the rows decoded together; -1: what there is
         max_new_tokens: longest answer, in tokens
         max_seq_len: prompt and answer together; -1: the model's own length
         limit: only the first so many problems; -1: all; with --compare: changed problems to show, -1: 10
@@ -63,6 +66,7 @@ def main(
         top_k: keep only the k most likely tokens; 0: all
         top_p: keep the most likely tokens up to this probability
         min_p: keep tokens at least so likely relative to the best
+        stop: strings that end an answer, besides the end tokens; not part of its text
         seed: of the samples
         write_report: also write log_dir/report.html and report.png, if matplotlib is installed
         dtype: auto, bf16, fp16 or fp32
@@ -99,17 +103,17 @@ def main(
     import re
 
     from llama_rlhf.checkpoint import store
+    from llama_rlhf.api import load
     from llama_rlhf.checkpoint.shards import load_model
-    from llama_rlhf.evaluation import (answer, check_vocabulary, encode_problems, read_samples, reference_loss, score_samples, select,
+    from llama_rlhf.evaluation import (answer, encode_problems, read_samples, reference_loss, score_samples, select,
                                        show, show_selection, summarize, write_samples)
     from llama_rlhf.models.transformer import ValueModel
     from llama_rlhf.parallel import groups
     from llama_rlhf.reward import check_reward_model
     from llama_rlhf.plan import plan_evaluation
     from llama_rlhf.runlog import PeakMemory, environment
-    from llama_rlhf.sampling import Sampling
     from llama_rlhf.tasks import choose_rule, get_task, source_of
-    from llama_rlhf.tokenizer import load_tokenizer
+    from llama_rlhf.tokenizer import check_vocabulary, load_tokenizer
 
     groups.initialize(model_parallel_size, timeout_seconds=timeout_seconds, device=device)
     ckpt_dir, verifier_ckpt_dir = (path and store.resolve(path) for path in (ckpt_dir, verifier_ckpt_dir))
@@ -137,7 +141,7 @@ def main(
             tokenizer = load_tokenizer(tokenizer_file or ckpt_dir, chat_format=chat_format)
             if verifier_ckpt_dir and temperature == 0:
                 raise ValueError("--temperature 0 gives equal answers, among which there is nothing to choose")
-        sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+        sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
         if verifier_ckpt_dir:
             check_reward_model(verifier_ckpt_dir)
             verifier_tokenizer = load_tokenizer(verifier_ckpt_dir, chat_format=chat_format)
@@ -147,10 +151,9 @@ def main(
         os.remove(written[1])        # never beside the samples of another run
     memory, config, prompts = PeakMemory(), None, []
     if not samples_file:
-        model = load_model(ckpt_dir, dtype=groups.default_dtype(dtype), model_type=model_type)
+        model = load(ckpt_dir, dtype=dtype, model_type=model_type, tokenizer=tokenizer).model
         longest = model.config.max_seq_len if max_seq_len == -1 else max_seq_len
         with groups.together("encoding the problems"):
-            check_vocabulary(tokenizer, model, ckpt_dir)
             if not 2 <= longest <= model.config.max_seq_len:
                 raise ValueError(f"--max_seq_len {max_seq_len}: this model allows 2 to {model.config.max_seq_len}")
             prompts = encode_problems(tokenizer, problems, label_file, longest, **prompt_options)
@@ -158,8 +161,8 @@ def main(
                    f"{groups.tp_size()} tensor-parallel x {groups.dp_size()} data-parallel ranks, {model.dtype}")
         config = model.config
         memory.start()
-        rows, speed = answer(model, tokenizer, kind, problems, prompts, rule=rule, max_batch_size=max_batch_size, max_new_tokens=max_new_tokens,
-                             max_seq_len=longest, n_samples=num_samples_per_prompt, sampling=sampling)
+        rows, speed = answer(model, tokenizer, kind, problems, prompts, rule=rule, max_batch_size=max_batch_size, max_cache_gb=max_cache_gb,
+                             max_new_tokens=max_new_tokens, max_seq_len=longest, n_samples=num_samples_per_prompt, stop=stop or (), **sampling)
         write_samples(written[0], rows)
     metrics = summarize(rows, rule)
     if not samples_file:

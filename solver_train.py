@@ -37,6 +37,7 @@ def main(
     resume: str = "auto",
     log_steps: int = 10,
     activation_checkpointing: str = "none",
+    sequence_parallel: bool = False,
     optimizer_precision: str = "master",
     zero: int = 0,
     tracker: str = "none",
@@ -90,6 +91,7 @@ def main(
         resume: auto continues the run that save_dir holds, exactly, if the settings are the same; never refuses such a folder
         log_steps: optimizer steps between lines of the log
         activation_checkpointing: what backward recomputes instead of keeping it: none, all blocks (about a third more time), mlp, or a number k: every k-th block
+        sequence_parallel: divide the tokens among the tensor-parallel ranks outside attention and feed-forward: less memory, the same numbers
         optimizer_precision: where the updates of bf16 weights go that bf16 cannot hold: master, an fp32 copy; kahan, 16 bits more, 2 bytes less
         zero: 1 shares the optimizer state among the data-parallel replicas
         tracker: none, tensorboard (files in log_dir) or wandb (offline unless WANDB_MODE says otherwise); metrics.jsonl is written always
@@ -118,7 +120,7 @@ def main(
     from llama_rlhf.checkpoint.export import companions_folder
     from llama_rlhf.checkpoint.shards import load_model, load_training_state, save_model
     from llama_rlhf.data import DataReport, batches, sft_examples, show_example
-    from llama_rlhf.evaluation import check_vocabulary, encode_problems, evaluate, show
+    from llama_rlhf.evaluation import encode_problems, evaluate, show
     from llama_rlhf.interrupt import Interrupt
     from llama_rlhf.parallel import groups
     from llama_rlhf.parallel.layers import Lora
@@ -126,7 +128,7 @@ def main(
     from llama_rlhf.records import read_records
     from llama_rlhf.runlog import Average, PeakMemory, RunLog, check_tracker, peak_memory_gb
     from llama_rlhf.tasks import get_task, source_of
-    from llama_rlhf.tokenizer import load_tokenizer
+    from llama_rlhf.tokenizer import check_vocabulary, load_tokenizer
     from llama_rlhf.trainer import Trainer, check_options, response_logprobs
 
     if plan:
@@ -166,6 +168,7 @@ def main(
     lora, memory = Lora(lora_rank, lora_alpha) if lora_rank > 0 else None, PeakMemory()
     model = load_model(start or ckpt_dir, verify=not start, lora=lora, dtype=groups.default_dtype(dtype), model_type=model_type, seed=seed)
     model.recompute(activation_checkpointing)
+    model.sequence_parallel(sequence_parallel)
     n_bytes = sum(groups.gather_objects(sum(p.nbytes for p in model.parameters()) if groups.dp_rank() == 0 else 0))
     with groups.together(f"checking the space in {save_dir}"):
         store.check_free_space(save_dir, n_bytes)       # for the first save: better now than after an epoch

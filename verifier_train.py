@@ -39,6 +39,7 @@ def main(
     resume: str = "auto",
     log_steps: int = 10,
     activation_checkpointing: str = "none",
+    sequence_parallel: bool = False,
     optimizer_precision: str = "master",
     zero: int = 0,
     tracker: str = "none",
@@ -96,6 +97,7 @@ def main(
         resume: auto continues the run that save_dir holds, exactly, if the settings are the same; never refuses such a folder
         log_steps: optimizer steps between lines of the log
         activation_checkpointing: what backward recomputes instead of keeping it: none, all blocks (about a third more time), mlp, or a number k: every k-th block
+        sequence_parallel: divide the tokens among the tensor-parallel ranks outside attention and feed-forward: less memory, the same numbers
         optimizer_precision: where the updates of bf16 weights go that bf16 cannot hold: master, an fp32 copy; kahan, 16 bits more, 2 bytes less
         zero: 1 shares the optimizer state among the data-parallel replicas
         tracker: none, tensorboard (files in log_dir) or wandb (offline unless WANDB_MODE says otherwise); metrics.jsonl is written always
@@ -124,7 +126,6 @@ def main(
     from llama_rlhf.checkpoint.export import companions_folder
     from llama_rlhf.checkpoint.shards import load_model, load_training_state, save_model
     from llama_rlhf.data import JudgedReport, batches, judged_problems, show_judged, split_problems, verifier_examples
-    from llama_rlhf.evaluation import check_vocabulary
     from llama_rlhf.models.transformer import ValueModel
     from llama_rlhf.interrupt import Interrupt
     from llama_rlhf.parallel import groups
@@ -133,7 +134,7 @@ def main(
     from llama_rlhf.reward import JointModel, choose_loss, count, count_judgements, evaluate_verifier, measure_score, objective, scored_responses, show_verifier
     from llama_rlhf.plan import plan_training, report_memory
     from llama_rlhf.runlog import Average, PeakMemory, RunLog, check_tracker, peak_memory_gb
-    from llama_rlhf.tokenizer import load_tokenizer
+    from llama_rlhf.tokenizer import check_vocabulary, load_tokenizer
     from llama_rlhf.trainer import Trainer, check_options
 
     if plan:
@@ -184,6 +185,7 @@ def main(
     model = load_model(start or ckpt_dir, verify=not start, model_class=JointModel if lm_loss_weight else ValueModel, lora=lora, dtype=groups.default_dtype(dtype),
                        model_type=model_type, seed=seed)
     model.recompute(activation_checkpointing)
+    model.sequence_parallel(sequence_parallel)
     n_bytes = sum(groups.gather_objects(sum(p.nbytes for p in model.parameters()) if groups.dp_rank() == 0 else 0))
     with groups.together(f"checking the space in {save_dir}"):
         store.check_free_space(save_dir, n_bytes)       # for the first save: better now than after an epoch

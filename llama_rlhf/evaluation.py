@@ -9,22 +9,15 @@ import time
 
 import torch
 
+from llama_rlhf.api import LanguageModel, respond
 from llama_rlhf.data import encode_prompt, encode_response, pack
-from llama_rlhf.generation import Statistics, generate
+from llama_rlhf.generation import Statistics
 from llama_rlhf.models.transformer import CausalLM, ValueModel
 from llama_rlhf.parallel import groups
 from llama_rlhf.records import read_records
 from llama_rlhf.reward import pairs_by_label, probability, score_together, show_verifier, verifier_metrics
-from llama_rlhf.sampling import Sampling
 from llama_rlhf.scoring import pass_at_k, selection, wilson_interval
 from llama_rlhf.trainer import response_logprobs
-
-
-def check_vocabulary(tokenizer, model, where: str) -> None:
-    """A tokenizer with more ids than the model has rows would look up rows that do not exist."""
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{where}: the tokenizer knows {tokenizer.vocab_size} ids, the model has {model.config.vocab_size} rows. "
-                         "They belong to different models; check the tokenizer files beside the checkpoint.")
 
 
 def encode_problems(tokenizer, problems, label_file: str, max_seq_len: int, **prompt_options) -> list[list[int]]:
@@ -47,10 +40,11 @@ def evaluate(model: CausalLM, tokenizer, task, problems, prompts: list[list[int]
 
 
 def answer(model: CausalLM, tokenizer, task, problems, prompts: list[list[int]], *, rule: str, max_batch_size: int, max_new_tokens: int,
-           max_seq_len: int, n_samples: int = 1, sampling: Sampling = Sampling(), progress: bool = True) -> tuple[list[dict], dict]:
+           max_seq_len: int, n_samples: int = 1, progress: bool = True, **options) -> tuple[list[dict], dict]:
     """Collective. Generate for every problem and score by the task's rules: one row per answer, and what it took.
 
     task: see llama_rlhf/tasks. A row's "points" are what a reward would be made of, "correct" is whether the answer is right.
+    options: of sampling, stop strings, bounds: see api.generate.
 
     Data-parallel replicas share the problems. Every rank returns the same.
     """
@@ -71,17 +65,15 @@ def answer(model: CausalLM, tokenizer, task, problems, prompts: list[list[int]],
 
     mine = range(groups.dp_rank(), len(problems), groups.dp_size())
     started = time.perf_counter()
-    completions = generate(model, [prompts[i] for i in mine], eos_ids=tokenizer.eos_ids, max_new_tokens=max_new_tokens,
-                           max_batch_size=max_batch_size, max_seq_len=max_seq_len, n_samples=n_samples,
-                           sampling=sampling, on_step=on_step, statistics=statistics, request_ids=list(mine))
+    responses = respond(LanguageModel(model, tokenizer), [prompts[i] for i in mine], max_new_tokens=max_new_tokens, max_batch_size=max_batch_size,
+                        max_seq_len=max_seq_len, n_samples=n_samples, on_step=on_step, statistics=statistics, request_ids=list(mine), **options)
     rows = []
-    for i, samples in zip(mine, completions):
-        for completion in samples:
-            text = tokenizer.decode(completion.tokens)
-            score = task.score(problems[i], text, completion.finished, rule=rule)
-            rows.append({"id": problems[i].id, "sample": completion.sample, "prompt": problems[i].prompt, "response": text,
+    for i, samples in zip(mine, responses):
+        for response in samples:
+            score = task.score(problems[i], response.text, response.finished, rule=rule)
+            rows.append({"id": problems[i].id, "sample": response.sample, "prompt": problems[i].prompt, "response": response.text,
                          "answer": score["answer"], "label": problems[i].label, "correct": score["correct"][rule], "points": score["score"],
-                         "finished": completion.finished, "n_tokens": len(completion.tokens), "answers": score["answers"],
+                         "finished": response.finished, "n_tokens": len(response.tokens), "answers": score["answers"],
                          "correct_by_rule": score["correct"]})
     gathered = groups.gather_objects((rows if groups.tp_rank() == 0 else [], statistics if groups.tp_rank() == 0 else None))
     seconds = time.perf_counter() - started
@@ -92,7 +84,7 @@ def answer(model: CausalLM, tokenizer, task, problems, prompts: list[list[int]],
     return rows, {"new_tokens": sum(s.new_tokens for s in per_replica),
                   "prompt_tokens": sum(s.prompt_tokens for s in per_replica), "seconds": round(seconds, 2),
                   "tokens_per_second": round(sum(s.new_tokens for s in per_replica) / seconds, 1),
-                  "cache_mb": round(per_replica[0].cache_bytes / 1e6, 1)}
+                  "rows_at_once": per_replica[0].slots, "cache_mb": round(per_replica[0].cache_bytes / 1e6, 1)}
 
 
 def write_samples(path: str, rows: list[dict]) -> None:

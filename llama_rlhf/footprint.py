@@ -85,7 +85,7 @@ def _weights(model: Transformer) -> dict[str, int]:
 
 
 def passes(config: ModelConfig, rows: list[tuple[int, int]], *, model_class=CausalLM, lora: Lora | None = None, dtype: torch.dtype, trains: bool = True,
-           recompute: str = "none", precision: str = "master", zero: int = 0, accumulates: bool = False) -> Counter:
+           recompute: str = "none", sequence_parallel: bool = False, precision: str = "master", zero: int = 0, accumulates: bool = False) -> Counter:
     """Bytes by kind of a model and of its training on micro-batches of `rows`, (length, prompt length) each; trains=False: of a pass without gradient.
 
     "peak": the largest sum of what comes and goes; its kinds are not all there at once. accumulates: a step has several micro-batches.
@@ -94,6 +94,7 @@ def passes(config: ModelConfig, rows: list[tuple[int, int]], *, model_class=Caus
         model = _model(model_class, config, lora, dtype, trains)
         live = _Live(model)
         model.recompute(recompute)
+        model.sequence_parallel(sequence_parallel)
         trainer = Trainer(model, lr=1.0, total_steps=1, precision=precision, zero=zero) if trains else None
         look = response_logprobs if issubclass(model_class, CausalLM) else response_values
 

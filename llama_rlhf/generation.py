@@ -2,12 +2,14 @@
 
 A row is one sample of one prompt. Rows occupy cache slots; a finished row leaves at once and the next prompt takes its place,
 so the batch stays full until the prompts run out. Several samples of a prompt prefill once and share the copy.
+Where memory does not suffice for the batch that was asked for, it is halved, on all ranks alike; the tokens stay the same.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +17,7 @@ import torch
 from llama_rlhf.models.transformer import CausalLM, Rows
 from llama_rlhf.parallel import groups
 from llama_rlhf.parallel.layers import held, weights_held
+from llama_rlhf.parallel.regions import all_reduce_
 from llama_rlhf.sampling import Sampling, choose
 
 _PREFILL_TOKENS = 8192      # prompts prefill in packs of about this many tokens
@@ -22,7 +25,11 @@ _PREFILL_TOKENS = 8192      # prompts prefill in packs of about this many tokens
 
 @dataclass
 class Completion:
-    """One generated response. tokens: the ids, the end token included when it was generated; finished: it was."""
+    """One generated response.
+
+    tokens: the ids, the end token included when it was generated.
+    finished: it ended by itself, at an end token or where `stop` said so, not by its length.
+    """
 
     prompt: int
     sample: int
@@ -40,6 +47,7 @@ class Statistics:
     decode_steps: int = 0
     decode_rows: int = 0            # rows computed, over all decode steps: every one gives a token of a response
     slot_steps: int = 0             # slots x steps: what a static batch of the same size would have computed
+    slots: int = 0                  # rows at once
     cache_bytes: int = 0
     seconds: float = 0.0
     prefill_seconds: float = 0.0
@@ -59,71 +67,175 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
 
 
-@torch.inference_mode()
-def generate(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, ...], max_new_tokens: int = 256,
-             min_new_tokens: int = 0, max_batch_size: int = 64, max_seq_len: int | None = None, n_samples: int = 1,
-             sampling: Sampling = Sampling(), with_logprobs: bool = False, stop: Callable[[list[int]], bool] | None = None,
-             on_step: Callable[[int, int], None] | None = None, on_token: Callable[[int, int, int], None] | None = None,
-             statistics: Statistics | None = None, request_ids: list[int] | None = None) -> list[list[Completion]]:
+def generate(model: CausalLM, prompts: list[list[int]], *, on_step: Callable[[int, int], None] | None = None, **options) -> list[list[Completion]]:
     """Complete every prompt n_samples times. The same call on every tensor-parallel rank returns the same result.
 
     prompts: token ids, beginning-of-text included where the tokenizer has one.
+    on_step(finished rows, all rows) after each step.
+    options: see `steps`, eos_ids is one that must be given.
+    Returns [prompt][sample] Completion. ValueError for an empty prompt or one that leaves no room for a token.
+    """
+    n_samples = options.get("n_samples", 1)
+    results: list[list[Completion | None]] = [[None] * n_samples for _ in prompts]
+    done = 0
+    for _, completed in steps(model, prompts, **options):
+        for completion in completed:
+            results[completion.prompt][completion.sample] = completion
+        done += len(completed)
+        if on_step is not None:
+            on_step(done, len(prompts) * n_samples)
+    return results
+
+
+@torch.inference_mode()
+def steps(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, ...], max_new_tokens: int = 256, min_new_tokens: int = 0,
+          max_batch_size: int = 64, max_cache_gb: float = -1.0, max_seq_len: int | None = None, n_samples: int = 1, sampling: Sampling = Sampling(),
+          with_logprobs: bool = False, stop: Callable[[list[int]], bool] | None = None, statistics: Statistics | None = None,
+          request_ids: list[int] | None = None) -> Iterator[tuple[list[tuple[int, int, int, int]], list[Completion]]]:
+    """`generate`, step by step: yields the new tokens of each, as (prompt, sample, place in the response, id), and the rows it completed.
+
+    max_batch_size: rows at once.  max_cache_gb: 10^9 bytes of keys and values on a rank; -1: as much as there is. Fewer rows then run at once.
     max_seq_len: prompt + response at most (default: the model's own); rows that reach it end unfinished.
     stop: tells from a row's new tokens whether it must end there (stop strings).
     request_ids: the prompts' keys for the random numbers (default: their places in the list); replicas that share a list of
           prompts pass the places in the whole list, so that no two draw the same numbers.
-    on_step(finished rows, all rows) after each step; on_token(prompt, sample, id) for each token as it comes.
-    Returns [prompt][sample] Completion. ValueError for an empty prompt or one that leaves no room for a token.
+    The weights must not change before the last step, or until the iterator is closed.
     """
     max_seq_len = min(max_seq_len or model.config.max_seq_len, model.config.max_seq_len)
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) < max_seq_len:
             raise ValueError(f"prompt {i + 1} has {len(prompt)} tokens; 1 to {max_seq_len - 1} fit max_seq_len={max_seq_len} "
                              "with room for a token. Shorten or drop it, or raise --max_seq_len.")
-    results: list[list[Completion | None]] = [[None] * n_samples for _ in prompts]
     if not prompts or max_new_tokens < 1:
-        return [[Completion(i, s, [], False) for s in range(n_samples)] for i in range(len(prompts))]
+        yield [], [Completion(i, s, [], False) for i in range(len(prompts)) for s in range(n_samples)]
+        return
     groups.keep_freed_memory()
     stats = statistics or Statistics()
-    began = time.perf_counter()
-    device, total = groups.device(), len(prompts) * n_samples
-    longest = min(max_seq_len, max(map(len, prompts)) + max_new_tokens)
-    n_slots = min(max_batch_size, total)
-    cache = model.new_cache(n_slots, longest)
-    vocab, weight = model.partition.held["vocab"], held(model.head_weight, n_slots)
+    began, longest = time.perf_counter(), min(max_seq_len, max(map(len, prompts)) + max_new_tokens)
     # long prompts first: the batch drains evenly at the end
     waiting = [(i, s) for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])) for s in range(n_samples)][::-1]
-    keys = list(range(len(prompts))) if request_ids is None else list(request_ids)
-    active: list[_Row] = []         # active[b] lives in slot b
-    eos = torch.tensor(sorted(eos_ids), device=device)
-    lengths = torch.zeros(n_slots, dtype=torch.long, device=device)     # tokens cached in each slot
-    current = torch.zeros(n_slots, dtype=torch.long, device=device)     # the token each row decodes next
-    identity = torch.zeros(2, n_slots, dtype=torch.long, device=device)  # prompt and sample of each slot
+    n_slots = min(max_batch_size, len(waiting))
+    make = lambda n: _Batch(model, prompts, range(len(prompts)) if request_ids is None else request_ids, n, longest, eos_ids=eos_ids, sampling=sampling,  # noqa: E731
+                            min_new_tokens=min_new_tokens, limits=(max_new_tokens, max_seq_len), with_logprobs=with_logprobs, stop=stop, statistics=stats)
+    batch = None
+    try:
+        with weights_held(model, n_slots):
+            while waiting or batch.active:
+                if batch is None:
+                    batch = _largest(make, n_slots, _slots_in(model, n_slots, longest, max_cache_gb))
+                    n_slots = stats.slots = batch.n_slots
+                try:
+                    if waiting and (not batch.active or n_slots - len(batch.active) >= max(1, n_slots // 16)):
+                        new, completed = batch.prefill(waiting)
+                    else:
+                        new, completed = batch.decode()
+                except RuntimeError as error:
+                    # other ranks may be past this point, or wait for this one: only a rank that is alone can go back
+                    if not _is_out_of_memory(error) or groups.tp_size() > 1 or n_slots == 1:
+                        raise
+                    waiting += sorted(((row.prompt, row.sample) for row in batch.active), reverse=True)     # each begins anew
+                    print(f"rank {groups.rank()}: out of memory with {n_slots} rows at once; going on with {n_slots // 2}", flush=True)
+                    batch, n_slots = None, n_slots // 2
+                    _free()
+                    continue
+                stats.cache_bytes = max(stats.cache_bytes, batch.cache.peak_bytes)
+                yield new, completed
+    finally:
+        groups.release_freed_memory()
+        stats.seconds += time.perf_counter() - began
 
-    def pick(hidden, rows: list[_Row], ids, positions):
-        young = [len(row.tokens) < min_new_tokens for row in rows] if min_new_tokens else ()
-        banned = (torch.tensor(young, device=device), eos.tolist()) if any(young) else None
-        return choose(hidden, weight, vocab, sampling, (ids[0], ids[1], positions), banned=banned, with_logprobs=with_logprobs)
 
-    def prefill() -> None:
-        """Fill the free slots: one packed forward over the new prompts, copies for further samples of the same prompt."""
+def _slots_in(model: CausalLM, n_slots: int, longest: int, max_cache_gb: float) -> int:
+    """Of n_slots, those whose keys and values fit max_cache_gb and, on a CPU, where nothing refuses memory in time, what is free."""
+    per_slot = 2 * model.config.n_layers * model.n_cache_heads * model.config.head_dim * model.dtype.itemsize * longest
+    allowed = max_cache_gb * 1e9 if max_cache_gb > 0 else math.inf
+    if allowed < per_slot:
+        raise ValueError(f"--max_cache_gb {max_cache_gb}: one row of {longest} tokens needs {per_slot / 1e9:.2g}. Raise it, or lower --max_new_tokens.")
+    if groups.device().type == "cpu":
+        allowed = min(allowed, 0.9 * groups.free_memory())
+    return max(1, min(n_slots, int(allowed // max(1, per_slot))))
+
+
+def _largest(make: Callable[[int], "_Batch"], asked: int, n: int) -> "_Batch":
+    """Collective. A batch of n slots on every tensor-parallel rank or, where memory is short on any of them, of half as many, and so on."""
+    while True:
+        n, batch, error = -int(_max(-n)), None, None
+        try:
+            batch = make(n)
+        except RuntimeError as caught:
+            if not _is_out_of_memory(caught):
+                raise
+            error = str(caught)
+        if not _max(batch is None):
+            break
+        batch = None
+        _free()
+        if n == 1:
+            raise torch.OutOfMemoryError(f"no memory for a single row{': ' + error if error else ' on another rank'}. Lower --max_new_tokens or --max_seq_len, "
+                                         "use more tensor-parallel ranks, or a smaller dtype.")
+        n //= 2
+    if n < asked:
+        groups.log(f"{n} rows at once instead of {asked}: that is what memory or --max_cache_gb allows")
+    return batch
+
+
+def _max(value: float) -> float:
+    """Over the tensor-parallel ranks."""
+    return float(all_reduce_(torch.tensor([float(value)], device=groups.device()), "max"))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)      # the latter is the CPU's
+
+
+def _free() -> None:
+    if groups.device().type == "cuda":
+        torch.cuda.empty_cache()
+
+
+class _Batch:
+    """The rows that are generated at once. active[b] lives in slot b of the cache."""
+
+    def __init__(self, model: CausalLM, prompts, keys, n_slots: int, longest: int, *, eos_ids, sampling: Sampling, min_new_tokens: int,
+                 limits: tuple[int, int], with_logprobs: bool, stop, statistics: Statistics):
+        self.model, self.prompts, self.keys, self.n_slots = model, prompts, keys, n_slots
+        self.sampling, self.min_new_tokens, self.limits, self.with_logprobs, self.stop, self.statistics = \
+            sampling, min_new_tokens, limits, with_logprobs, stop, statistics
+        device = groups.device()
+        self.cache = model.new_cache(n_slots, longest)
+        self.vocab, self.weight = model.partition.held["vocab"], held(model.head_weight, n_slots)
+        self.eos = torch.tensor(sorted(eos_ids), device=device)
+        self.lengths = torch.zeros(n_slots, dtype=torch.long, device=device)        # tokens cached in each slot
+        self.current = torch.zeros(n_slots, dtype=torch.long, device=device)        # the token each row decodes next
+        self.identity = torch.zeros(2, n_slots, dtype=torch.long, device=device)    # key and sample of each slot
+        self.active: list[_Row] = []
+        if device.type == "cuda":       # now, when all ranks can still agree on less: what passes through a layer and the head
+            config = model.config
+            tokens = min(_PREFILL_TOKENS + longest, n_slots * longest)
+            torch.empty(tokens * (6 * config.dim + 4 * config.ffn_dim // groups.tp_size()) * model.dtype.itemsize
+                        + n_slots * config.vocab_size // groups.tp_size() * 20, dtype=torch.uint8, device=device)
+
+    def prefill(self, waiting: list[tuple[int, int]]):
+        """Fill the free slots from the end of `waiting`: one packed forward over the new prompts, copies for further samples of one."""
+        start, device = time.perf_counter(), groups.device()
         new: list[_Row] = []
         packed, n_tokens = [], 0
-        while waiting and len(active) + len(new) < n_slots:
-            i, s = waiting[-1]
+        taken = len(waiting)
+        while taken and len(self.active) + len(new) < self.n_slots:
+            i, s = waiting[taken - 1]
             fresh = not new or new[-1].prompt != i
-            if fresh and n_tokens and n_tokens + len(prompts[i]) > _PREFILL_TOKENS:
+            if fresh and n_tokens and n_tokens + len(self.prompts[i]) > _PREFILL_TOKENS:
                 break
-            waiting.pop()
+            taken -= 1
             if fresh:
-                packed.append((len(active) + len(new), prompts[i]))
-                n_tokens += len(prompts[i])
-            new.append(_Row(i, s, len(prompts[i]), min(max_new_tokens, max_seq_len - len(prompts[i]))))
+                packed.append((len(self.active) + len(new), self.prompts[i]))
+                n_tokens += len(self.prompts[i])
+            new.append(_Row(i, s, len(self.prompts[i]), min(self.limits[0], self.limits[1] - len(self.prompts[i]))))
         sizes = [len(prompt) for _, prompt in packed]
-        cache.begin_prefill([slot for slot, _ in packed], sizes)
-        hidden = model(torch.tensor([t for _, prompt in packed for t in prompt], device=device), Rows.packed(sizes, device), cache)
+        self.cache.begin_prefill([slot for slot, _ in packed], sizes)
+        hidden = self.model(torch.tensor([t for _, prompt in packed for t in prompt], device=device), Rows.packed(sizes, device), self.cache)
         hidden = hidden[torch.tensor(sizes).cumsum(0) - 1]
-        first = len(active)
+        first = len(self.active)
         source, owner = [], {}
         for n, (slot, _) in enumerate(packed):
             owner[new[slot - first].prompt] = (n, slot)
@@ -131,61 +243,58 @@ def generate(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, .
             n, slot = owner[row.prompt]
             source.append(n)
             if first + b != slot:
-                cache.move(slot, first + b, row.length)
+                self.cache.move(slot, first + b, row.length)
         here = slice(first, first + len(new))
-        identity[:, here] = torch.tensor([[keys[row.prompt] for row in new], [row.sample for row in new]])
-        lengths[here] = torch.tensor([row.length for row in new])
-        token, logprob = pick(hidden[torch.tensor(source)], new, identity[:, here], lengths[here])
-        active.extend(new)
-        stats.prompt_tokens += n_tokens
-        accept(first, token, logprob)
+        self.identity[:, here] = torch.tensor([[self.keys[row.prompt] for row in new], [row.sample for row in new]])
+        self.lengths[here] = torch.tensor([row.length for row in new])
+        token, logprob = self._pick(hidden[torch.tensor(source)], new, here)
+        del waiting[taken:]
+        self.active.extend(new)
+        self.statistics.prompt_tokens += n_tokens
+        accepted = self._accept(first, token, logprob)
+        self.statistics.prefill_seconds += time.perf_counter() - start
+        return accepted
 
-    def accept(first: int, token: torch.Tensor, logprob: torch.Tensor | None) -> None:
-        """Append one token to each of the rows from slot `first` on; let the finished ones leave."""
-        current[first:first + len(token)] = token
-        ended = torch.isin(token, eos).tolist()
+    def decode(self):
+        """One token more for every active row."""
+        n = len(self.active)
+        self.cache.begin_decode(self.lengths[:n], max(row.length + len(row.tokens) for row in self.active) - 1)
+        hidden = self.model(self.current[:n], Rows([1] * n, self.lengths[:n]), self.cache)
+        self.lengths[:n] += 1
+        token, logprob = self._pick(hidden, self.active, slice(0, n))
+        self.statistics.decode_steps += 1
+        self.statistics.decode_rows += n
+        self.statistics.slot_steps += self.n_slots
+        return self._accept(0, token, logprob)
+
+    def _pick(self, hidden, rows: list[_Row], here: slice):
+        young = [len(row.tokens) < self.min_new_tokens for row in rows] if self.min_new_tokens else ()
+        banned = (torch.tensor(young, device=hidden.device), self.eos.tolist()) if any(young) else None
+        return choose(hidden, self.weight, self.vocab, self.sampling, (*self.identity[:, here], self.lengths[here]), banned=banned,
+                      with_logprobs=self.with_logprobs)
+
+    def _accept(self, first: int, token: torch.Tensor, logprob: torch.Tensor | None):
+        """Append one token to each of the rows from slot `first` on; let the finished ones leave. Returns what `steps` yields."""
+        self.current[first:first + len(token)] = token
+        ended = torch.isin(token, self.eos).tolist()
         ids, values = token.tolist(), None if logprob is None else logprob.tolist()
-        done = []
-        for b, row in enumerate(active[first:first + len(ids)]):
+        new, completed, holes = [], [], []
+        for b, row in enumerate(self.active[first:first + len(ids)]):
+            new.append((row.prompt, row.sample, len(row.tokens), ids[b]))
             row.tokens.append(ids[b])
             if values is not None:
                 row.logprobs.append(values[b])
-            if on_token is not None:
-                on_token(row.prompt, row.sample, ids[b])
-            if ended[b] or len(row.tokens) >= row.limit or (stop is not None and stop(row.tokens)):
-                results[row.prompt][row.sample] = Completion(row.prompt, row.sample, row.tokens, ended[b], row.logprobs if with_logprobs else None)
-                done.append(first + b)
-        stats.new_tokens += len(ids)
-        for slot in reversed(done):             # the last row moves into the hole, so that rows stay at the front
-            last = len(active) - 1
+            finished = ended[b] or self.stop is not None and self.stop(row.tokens)
+            if finished or len(row.tokens) >= row.limit:
+                completed.append(Completion(row.prompt, row.sample, row.tokens, finished, row.logprobs if self.with_logprobs else None))
+                holes.append(first + b)
+        self.statistics.new_tokens += len(ids)
+        for slot in reversed(holes):            # the last row moves into the hole, so that rows stay at the front
+            last = len(self.active) - 1
             if slot != last:
-                active[slot] = active[last]
-                cache.move(last, slot, active[slot].length + len(active[slot].tokens) - 1)
-                for state in (lengths, current, identity):
+                self.active[slot] = self.active[last]
+                self.cache.move(last, slot, self.active[slot].length + len(self.active[slot].tokens) - 1)
+                for state in (self.lengths, self.current, self.identity):
                     state[..., slot] = state[..., last]
-            active.pop()
-
-    try:
-        with weights_held(model, n_slots):
-            while waiting or active:
-                if waiting and (not active or n_slots - len(active) >= max(1, n_slots // 16)):
-                    start = time.perf_counter()
-                    prefill()
-                    stats.prefill_seconds += time.perf_counter() - start
-                    continue
-                n = len(active)
-                cache.begin_decode(lengths[:n], max(row.length + len(row.tokens) for row in active) - 1)
-                hidden = model(current[:n], Rows([1] * n, lengths[:n]), cache)
-                lengths[:n] += 1
-                token, logprob = pick(hidden, active, identity[:, :n], lengths[:n])
-                stats.decode_steps += 1
-                stats.decode_rows += n
-                stats.slot_steps += n_slots
-                accept(0, token, logprob)
-                if on_step is not None:
-                    on_step(total - len(waiting) - len(active), total)
-    finally:
-        groups.release_freed_memory()
-    stats.cache_bytes = max(stats.cache_bytes, cache.peak_bytes)
-    stats.seconds += time.perf_counter() - began
-    return results
+            self.active.pop()
+        return new, completed

@@ -113,7 +113,7 @@ def _shown(rows: list[tuple[int, int]]) -> str:
 
 
 def _trained(f) -> dict:
-    return dict(recompute=f.activation_checkpointing, precision=f.optimizer_precision, zero=f.zero)
+    return dict(recompute=f.activation_checkpointing, sequence_parallel=f.sequence_parallel, precision=f.optimizer_precision, zero=f.zero)
 
 
 def plan_training(flags: dict, *, config: ModelConfig | None = None, rows: list[tuple[int, int]] | None = None, prompts: list[int] = (),

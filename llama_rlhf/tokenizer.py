@@ -528,6 +528,13 @@ def _expected(name, value, *kinds):
     return value
 
 
+def check_vocabulary(tokenizer, model, where):
+    """A tokenizer with more ids than the model has rows would look up rows that do not exist."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"{where}: the tokenizer knows {tokenizer.vocab_size} ids, the model has {model.config.vocab_size} rows. "
+                         "They belong to different models; check the tokenizer files beside the checkpoint.")
+
+
 def load_tokenizer(path, *, chat_format=None):
     """The tokenizer in `path`: a folder, a tokenizer file, a GGUF file, or a weight file it stands beside.
 

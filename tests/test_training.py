@@ -9,7 +9,7 @@ from toys import make_hf
 ROWS = [([1, 5, 6, 7, 8, 9, 10, 11], 3), ([2, 3, 4], 2), ([12, 13, 14, 15, 16, 17], 1), ([20, 21, 22, 23], 2)]
 
 
-def train(folder, lora_rank, splits, n_steps, tp=-1, dtype="float32", recompute="none", precision="master", zero=0):
+def train(folder, lora_rank, splits, n_steps, tp=-1, dtype="float32", recompute="none", precision="master", zero=0, sequence_parallel=False):
     """n_steps of AdamW on ROWS; returns merged gradients of the first step, weights after the last, losses, norms."""
     from llama_rlhf.checkpoint.shards import load_model
     from llama_rlhf.parallel import groups
@@ -18,6 +18,7 @@ def train(folder, lora_rank, splits, n_steps, tp=-1, dtype="float32", recompute=
     groups.initialize(tp, device="cpu")
     model = load_model(folder, lora=Lora(lora_rank, 8.0) if lora_rank > 0 else None, dtype=getattr(torch, dtype), seed=3)
     model.recompute(recompute)
+    model.sequence_parallel(sequence_parallel)
     # Adam's first step is the sign of the gradient: where that is rounding noise, so is the step. A large eps damps it
     trainer = Trainer(model, lr=1e-2, eps=1e-3, total_steps=n_steps, weight_decay=0.1, max_grad_norm=0.5, precision=precision, zero=zero)
     mine = [batch[groups.dp_rank()::groups.dp_size()] for batch in splits]
@@ -79,6 +80,22 @@ def test_gradients_and_three_steps_are_the_same_at_1_2_3_ranks(name, lora_rank, 
             for output in many:
                 for row, values in zip(range(*output[6][native]), output[5][native]):
                     assert rows.setdefault(row, values) == values, (native, row)
+
+
+@pytest.mark.parametrize("name,lora_rank,recompute", [("llama", -1, "none"), ("llama-9-3", 3, "all"), ("qwen3", -1, "mlp"), ("bloom", -1, "none"), ("bloom", 3, "none"),
+                                                      ("mixtral", -1, "none")])
+def test_sequence_parallel_gives_the_same_gradients_and_steps(name, lora_rank, recompute, tmp_path):
+    """21 tokens on 2 and 5 ranks divide into neither; biases, LayerNorm, experts; and to the bit the same on all ranks."""
+    make_hf(tmp_path, name)
+    one = run_ranks(1, train, str(tmp_path), lora_rank, [[0, 1, 2, 3]], 3)
+    for n in (2, 5):
+        many = run_ranks(n, train, str(tmp_path), lora_rank, [[0, 1, 2, 3]], 3, -1, "float32", recompute, "master", 0, True)
+        for which in (0, 1):
+            a, b = merged(one, which), merged(many, which)
+            for native in a:
+                assert (a[native] - b[native]).abs().max() < 1e-5, (("gradient", "weight")[which], native, n)
+        assert torch.allclose(torch.tensor(one[0][3]), torch.tensor(many[0][3]), rtol=1e-4)
+        assert all(output[4] == many[0][4] for output in many), "replicated parameters differ in bits"
 
 
 @pytest.mark.parametrize("splits", [[[0], [1], [2], [3]], [[3, 1], [0, 2]], [[0, 1, 2], [3]], [[0, 1, 2, 3], []]])
@@ -308,7 +325,7 @@ def test_schedule_values():
     assert rate(12.5, schedule="linear") == 0.5 and rate(20, final_ratio=0.1) == 0.1
 
 
-def collectives(folder, lora_rank):
+def collectives(folder, lora_rank, sequence_parallel=False):
     from llama_rlhf.checkpoint.shards import load_model
     from llama_rlhf.parallel import groups
     from llama_rlhf.parallel.layers import Lora
@@ -316,12 +333,15 @@ def collectives(folder, lora_rank):
     from llama_rlhf.trainer import response_logprobs
     groups.initialize(device="cpu")
     model = load_model(folder, lora=Lora(lora_rank, 8.0) if lora_rank > 0 else None)
+    model.sequence_parallel(sequence_parallel)
     traffic.clear()
     loss = -response_logprobs(model, [ROWS[0][0]], [ROWS[0][1]]).sum()
-    forward = traffic["all_reduce"]
+    forward = traffic.copy()
     loss.backward()
     groups.shutdown()
-    return forward, traffic["all_reduce"] - forward
+    if sequence_parallel:
+        return [(forward[kind], traffic[kind] - forward[kind]) for kind in ("all_gather", "reduce_scatter", "all_reduce")]
+    return forward["all_reduce"], traffic["all_reduce"] - forward["all_reduce"]
 
 
 def test_two_all_reduces_per_layer_each_way(tmp_path):
@@ -330,6 +350,15 @@ def test_two_all_reduces_per_layer_each_way(tmp_path):
     make_hf(tmp_path, "llama")          # 2 layers
     assert run_ranks(2, collectives, str(tmp_path), -1) == [(2 * 2 + 1 + 2, 2 * 2 + 1)] * 2
     assert run_ranks(2, collectives, str(tmp_path), 4) == [(2 * 2 + 1 + 2, 2 * 2 + 1 - 1)] * 2
+
+
+def test_sequence_parallel_gathers_and_scatters_twice_per_layer_each_way(tmp_path):
+    """In the place of each all-reduce a gather and a scatter; backward gathers the inputs of wqkv and w13 a second time instead of keeping them."""
+    make_hf(tmp_path, "llama")          # 2 layers
+    gathers, scatters, sums = run_ranks(2, collectives, str(tmp_path), -1, True)[0]
+    assert gathers == (2 * 2 + 1, 2 * 2 + 2 * 2 + 1)        # + the final one, whose gradient is alike everywhere; + the embedding's
+    assert scatters == (2 * 2 + 1, 2 * 2)                   # + the embedding's
+    assert sums == (2, 1)                                   # the loss's, and the head's input
 
 
 def generation_leaves_weights_alone(folder):

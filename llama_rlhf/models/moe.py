@@ -15,6 +15,7 @@ from torch import nn
 from llama_rlhf.config import ModelConfig
 from llama_rlhf.parallel.layers import ParallelExperts
 from llama_rlhf.parallel.partition import Partition
+from llama_rlhf.parallel.regions import gather_same, split_tokens
 
 
 class Router(nn.Module):
@@ -38,5 +39,9 @@ class MixtureOfExperts(nn.Module):
         self.gate = Router(config, dtype)
         self.experts = ParallelExperts(config.n_experts, config.dim, config.ffn_dim, partition, dtype=dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.experts(x, *self.gate(x))
+    def forward(self, x: torch.Tensor, n_tokens: int | None = None) -> torch.Tensor:
+        """n_tokens: x and the result have this rank's rows only, of so many. Experts need all tokens side by side."""
+        if n_tokens is not None:
+            x = gather_same(x, n_tokens)
+        y = self.experts(x, *self.gate(x))
+        return y if n_tokens is None else split_tokens(y)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from llama_rlhf.models.moe import MixtureOfExperts
 from llama_rlhf.parallel import groups
 from llama_rlhf.parallel.layers import ColumnParallelLinear, Lora, RowParallelLinear, VocabParallelEmbedding
 from llama_rlhf.parallel.partition import Partition
+from llama_rlhf.parallel.regions import gather_same
 
 
 @dataclass
@@ -32,12 +33,14 @@ class Places:
     turn: rotary table.  query_scale: [T, 1, 1] log-n factors.
     slopes: [H] ALiBi slopes of this rank's heads; bias: [H, longest row, longest row] what they add to the scores, causality
     included (None while decoding: the cache knows the keys).
+    split: all tokens of the pass, where the ranks hold parts of them outside attention and feed-forward; None: everybody holds all.
     """
 
     turn: torch.Tensor | None = None
     query_scale: torch.Tensor | None = None
     slopes: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    split: int | None = None
 
 
 @dataclass
@@ -301,7 +304,7 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, rows: Rows, places: Places, cache: KVCache | None, layer: int) -> torch.Tensor:
         """x: [T, dim] -> [T, dim]. With a cache: `rows` either starts at position 0 (prefill) or is one token each (decode)."""
-        qkv = self.wqkv(x).unflatten(-1, (self.n_heads + 2 * self.n_kv_heads, self.head_dim))   # [T, H + 2 Hkv, D]
+        qkv = self.wqkv(x, places.split).unflatten(-1, (self.n_heads + 2 * self.n_kv_heads, self.head_dim))   # [T, H + 2 Hkv, D]
         if places.turn is None:
             q, k, v = qkv.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], 1)
         elif self.q_norm is not None:
@@ -313,7 +316,7 @@ class Attention(nn.Module):
         if places.query_scale is not None:
             q = q * places.query_scale
         if not self.n_heads:                # more ranks than heads: nothing to attend to, but backward must still come through here
-            return self.wo((q + k + v).flatten(1))
+            return self.wo((q + k + v).flatten(1), places.split)
         mapping = None if self.kv_of_query is None else torch.tensor(self.kv_of_query, device=x.device)
         if cache is None:
             out = packed_attention(q, k, v, rows, mapping, self.window, places.bias)
@@ -325,7 +328,7 @@ class Attention(nn.Module):
             else:
                 cache.write(layer, k, v)
                 out = packed_attention(q, k, v, rows, mapping, self.window, places.bias)
-        return self.wo(out.flatten(1))
+        return self.wo(out.flatten(1), places.split)
 
 
 class SwiGLU(nn.Module):
@@ -337,9 +340,9 @@ class SwiGLU(nn.Module):
                                         partition, bias=config.linear_bias, lora=lora, dtype=dtype)
         self.w2 = RowParallelLinear("w2", "ffn", config.dim, partition, bias=config.linear_bias, lora=lora, dtype=dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.w13(x).chunk(2, -1)
-        return self.w2(F.silu(gate) * up)
+    def forward(self, x: torch.Tensor, n_tokens: int | None = None) -> torch.Tensor:
+        gate, up = self.w13(x, n_tokens).chunk(2, -1)
+        return self.w2(F.silu(gate) * up, n_tokens)
 
 
 class GeluMLP(nn.Module):
@@ -351,8 +354,8 @@ class GeluMLP(nn.Module):
                                        lora=lora, dtype=dtype)
         self.w2 = RowParallelLinear("w2", "ffn", config.dim, partition, bias=config.linear_bias, lora=lora, dtype=dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.w2(F.gelu(self.w1(x), approximate="tanh"))
+    def forward(self, x: torch.Tensor, n_tokens: int | None = None) -> torch.Tensor:
+        return self.w2(F.gelu(self.w1(x, n_tokens), approximate="tanh"), n_tokens)
 
 
 class Block(nn.Module):
@@ -370,10 +373,10 @@ class Block(nn.Module):
 
     def forward(self, x, rows, places, cache, layer):
         x = x + self.attention(self.attention_norm(x), rows, places, cache, layer)
-        return x + (_recomputed(self._mlp, x) if self.recompute_mlp and torch.is_grad_enabled() else self._mlp(x))
+        return x + (_recomputed(self._mlp, x, places.split) if self.recompute_mlp and torch.is_grad_enabled() else self._mlp(x, places.split))
 
-    def _mlp(self, x):
-        return self.feed_forward(self.ffn_norm(x))
+    def _mlp(self, x, n_tokens):
+        return self.feed_forward(self.ffn_norm(x), n_tokens)
 
 
 def _recomputed(function, *args):
@@ -400,6 +403,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, self.partition, lora, dtype, i) for i in range(config.n_layers))
         self.norm = NORMS[config.norm](config.dim, config.norm_eps, dtype)
         self.recompute_every = 0            # blocks 0, k, 2k, ... are; see `recompute`
+        self.splits_tokens = False          # see `sequence_parallel`
         self._constants: torch.Tensor | None = None     # rotary frequencies or ALiBi slopes; never cast with the model: precision
 
     def forward(self, tokens: torch.Tensor, rows: Rows, cache: KVCache | None = None) -> torch.Tensor:
@@ -413,7 +417,8 @@ class Transformer(nn.Module):
             rows, order = rows.by_length()
             tokens = tokens if order is None else tokens[order]
         places = self._places(rows, cache)
-        x = self.tok_embeddings(tokens)
+        places.split = len(tokens) if self.splits_tokens and cache is None else None
+        x = self.tok_embeddings(tokens, places.split)
         if self.tok_norm is not None:
             x = self.tok_norm(x)
         for i, block in enumerate(self.layers):
@@ -422,6 +427,8 @@ class Transformer(nn.Module):
             else:
                 x = block(x, rows, places, cache, i)
         x = self.norm(x)
+        if places.split is not None:
+            x = gather_same(x, places.split)
         return x if order is None else _Take.apply(x, order.argsort())
 
     def recompute(self, what: str) -> None:
@@ -429,6 +436,16 @@ class Transformer(nn.Module):
         self.recompute_every = recompute_period(what)
         for block in self.layers:
             block.recompute_mlp = what == "mlp"
+
+    def sequence_parallel(self, on: bool = True) -> None:
+        """Outside attention and feed-forward each tensor-parallel rank holds its part of the tokens only: norms, residuals, and what backward
+        keeps of them (see parallel.regions). Generation stays as it is. Call before a Trainer is made: more gradients are sums over ranks."""
+        self.splits_tokens = on and groups.tp_size() > 1
+        for module in self.modules() if self.splits_tokens else ():
+            if isinstance(module, tuple(NORMS.values())):
+                module.partial = tuple(module._parameters)
+            elif isinstance(module, RowParallelLinear) and module.bias is not None:
+                module.layout["bias"] = tuple(replace(piece, partial=True) for piece in module.layout["bias"])
 
     def _places(self, rows: Rows, cache: KVCache | None) -> Places:
         config, device = self.config, rows.positions.device

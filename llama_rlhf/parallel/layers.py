@@ -19,7 +19,7 @@ from torch import nn
 
 from llama_rlhf.parallel import groups
 from llama_rlhf.parallel.partition import Partition, Range
-from llama_rlhf.parallel.regions import copy_to_tp, reduce_from_tp
+from llama_rlhf.parallel.regions import all_gather_tokens, copy_to_tp, reduce_from_tp, reduce_scatter_tokens, scatter_from_tp
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,34 @@ class _AdaptedLinear(torch.autograd.Function):
         du = dy @ b
         dx = (dy @ weight).addmm_(du, a) if ctx.needs_input_grad[0] else None
         return dx, None, None, du.t() @ x, dy.t() @ u
+
+
+class _SplitLinear(torch.autograd.Function):
+    """_AdaptedLinear, or a plain linear layer, of an x that is divided among the ranks by tokens: [ceil(n / tp), in] -> [n, out].
+
+    Only this rank's rows are kept; backward gathers the others again, where weights or factors need them.
+    """
+
+    @staticmethod
+    def forward(ctx, x, n, weight, bias, a, b):
+        ctx.save_for_backward(x, weight, a, b)
+        ctx.n = n
+        whole = all_gather_tokens(x, n)
+        y = F.linear(whole, weight, bias)
+        return y if a is None else y.addmm_(F.linear(whole, a), b.t())
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, a, b = ctx.saved_tensors
+        dy, needs = dy.contiguous(), ctx.needs_input_grad
+        du = None if a is None else dy @ b
+        dx = None
+        if needs[0]:
+            dx = dy @ weight
+            dx = reduce_scatter_tokens(dx if a is None else dx.addmm_(du, a))
+        whole = all_gather_tokens(x, ctx.n) if needs[2] or a is not None else None
+        return (dx, None, dy.t() @ whole if needs[2] else None, dy.sum(0) if needs[3] else None,
+                None if a is None else du.t() @ whole, None if a is None else dy.t() @ F.linear(whole, a))
 
 
 def _factors(module: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,8 +218,11 @@ class ColumnParallelLinear(nn.Module):
                 for i, (name, _, _) in enumerate(parts))
             self.layout["lora_b"] = pieces("lora_b", (lora.rank,))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _multiply(self, copy_to_tp(x), self.bias)
+    def forward(self, x: torch.Tensor, n_tokens: int | None = None) -> torch.Tensor:
+        """n_tokens: x holds this rank's rows of so many (see regions); the result has all."""
+        if n_tokens is None:
+            return _multiply(self, copy_to_tp(x), self.bias)
+        return _SplitLinear.apply(x, n_tokens, self.weight, self.bias, *((None, None) if self.lora_a is None else _factors(self, x.dtype)))
 
 
 class RowParallelLinear(nn.Module):
@@ -220,8 +251,10 @@ class RowParallelLinear(nn.Module):
             self.layout["lora_a"] = (Piece(f"{name}.lora_a", (0, lora.rank), (lora.rank, full), 1, held, owned, kind),)
             self.layout["lora_b"] = (replicated(f"{name}.lora_b", (out_features, lora.rank), partial=True),)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = reduce_from_tp(_multiply(self, x, None))
+    def forward(self, x: torch.Tensor, n_tokens: int | None = None) -> torch.Tensor:
+        """n_tokens: the result shall have this rank's rows only, of so many."""
+        y = _multiply(self, x, None)
+        y = reduce_from_tp(y) if n_tokens is None else scatter_from_tp(y)
         return y if self.bias is None else y + self.bias
 
 
@@ -292,13 +325,15 @@ class VocabParallelEmbedding(nn.Module):
         self.layout = {"weight": (Piece(f"{name}.weight", (0, self.stop - self.start), (config_vocab, dim), 0,
                                         (self.start, self.stop), (self.start, self.stop), "vocab"),)}
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, n_tokens: int | None = None) -> torch.Tensor:
+        """n_tokens: the result shall have this rank's rows only, of so many."""
         if groups.tp_size() == 1:
             return F.embedding(ids, self.weight)
         local = ids - self.start
         foreign = (local < 0) | (local >= self.stop - self.start)
         x = F.embedding(local.masked_fill(foreign, 0), self.weight)
-        return reduce_from_tp(x.masked_fill(foreign[..., None], 0.0))
+        x = x.masked_fill(foreign[..., None], 0.0)
+        return reduce_from_tp(x) if n_tokens is None else scatter_from_tp(x)
 
 
 def walk(model: nn.Module):

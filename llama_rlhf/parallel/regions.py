@@ -2,6 +2,11 @@
 
 copy:   identity forward, all-reduce backward   (entry of a column-parallel layer)
 reduce: all-reduce forward, identity backward   (exit of a row-parallel layer)
+With sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2) the tokens between those two are divided among the
+ranks, each holding ceil(T / tp) rows, the last ones zeros; the bytes that travel are the same:
+gather:  all-gather forward, reduce-scatter backward   in the place of copy (see layers)
+scatter: reduce-scatter forward, all-gather backward   in the place of reduce
+gather_same, split: the same without sums, for what every rank computes alike
 Every call and its bytes are counted in `traffic`, so a test can hold the program to the number it promises.
 """
 
@@ -41,6 +46,68 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     return torch.stack(parts)
 
 
+def all_gather_tokens(x: torch.Tensor, n: int) -> torch.Tensor:
+    """This rank's rows [ceil(n / tp), ...] -> all n of them."""
+    return all_gather(x).flatten(0, 1)[:n]
+
+
+def reduce_scatter_tokens(x: torch.Tensor) -> torch.Tensor:
+    """Partial sums [n, ...] -> this rank's rows [ceil(n / tp), ...] of their sum over ranks."""
+    size, rank = groups.tp_size(), groups.tp_rank()
+    each = -(-len(x) // size)
+    x = torch.cat([x, x.new_zeros(each * size - len(x), *x.shape[1:])]) if each * size > len(x) else x.contiguous()
+    traffic["reduce_scatter"] += 1
+    traffic["reduce_scatter_bytes"] += x.numel() * x.element_size()
+    if (shared := groups.shared_memory()) is not None:      # on a CPU nothing travels far: the sum is simply made everywhere
+        return shared.all_reduce_(x.clone(), "sum")[rank * each:(rank + 1) * each].clone()
+    if x.is_cuda:
+        own = x.new_empty(each, *x.shape[1:])
+        dist.reduce_scatter_tensor(own, x, group=groups.tp_group())
+        return own
+    x = x.clone()
+    dist.all_reduce(x, group=groups.tp_group())
+    return x[rank * each:(rank + 1) * each].clone()
+
+
+def own_tokens(x: torch.Tensor) -> torch.Tensor:
+    """All n rows -> this rank's [ceil(n / tp), ...]."""
+    each = -(-len(x) // groups.tp_size())
+    own = x[groups.tp_rank() * each:(groups.tp_rank() + 1) * each]
+    return torch.cat([own, x.new_zeros(each - len(own), *x.shape[1:])]) if len(own) < each else own
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.n = len(x)
+        return reduce_scatter_tokens(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_gather_tokens(grad, ctx.n)
+
+
+class _GatherSame(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, n):
+        return all_gather_tokens(x, n)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return own_tokens(grad), None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.n = len(x)
+        return own_tokens(x).clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_gather_tokens(grad, ctx.n)
+
+
 class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -72,3 +139,18 @@ def reduce_from_tp(x: torch.Tensor) -> torch.Tensor:
     if groups.tp_size() == 1:
         return x
     return _Reduce.apply(x) if x.requires_grad else all_reduce_(x)
+
+
+def scatter_from_tp(x: torch.Tensor) -> torch.Tensor:
+    """x: partial sums of all tokens -> the sum's rows of this rank."""
+    return _Scatter.apply(x)
+
+
+def gather_same(x: torch.Tensor, n: int) -> torch.Tensor:
+    """This rank's rows -> all n; what follows is computed by all ranks alike, so each has the whole gradient of its rows."""
+    return _GatherSame.apply(x, n)
+
+
+def split_tokens(x: torch.Tensor) -> torch.Tensor:
+    """What all ranks have alike -> this rank's rows."""
+    return _Split.apply(x)

@@ -43,7 +43,7 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         last, since, told, posts = None, time.monotonic(), False, 0
-        while not self._end.wait(self.period):
+        while not self._end.wait(self.period if posts else 0):
             place, collective = place_of(self._main)
             now = (place, collective, self.progress())
             if now != last:

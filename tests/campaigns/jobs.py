@@ -298,5 +298,6 @@ def metrics_of(save_dir) -> dict:
             record = json.loads(line)
         except ValueError:
             continue            # cut by the kill
-        found[record["kind"], record.get("step")] = {key: value for key, value in record.items() if key not in _TIMING}
+        if record["kind"] not in ("memory", "resumed"):     # a killed run has another peak, and says that it came back
+            found[record["kind"], record.get("step")] = {key: value for key, value in record.items() if key not in _TIMING}
     return found

@@ -1,0 +1,149 @@
+"""load, generate, stream: what they promise to people who call them from Python; memory that runs out; the chat."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from ranks import run_ranks
+from toys import add_bytes_tokenizer, make_hf
+
+from llama_rlhf import generate, generation, load, stream
+from llama_rlhf.api import _settled
+from llama_rlhf.models.kv_cache import KVCache
+from llama_rlhf.parallel import groups
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("api") / "hf"
+    make_hf(folder, "llama", vocab_size=260, max_position_embeddings=256)
+    add_bytes_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder, world_of_one):
+    return load(str(folder), dtype="fp32")
+
+
+PROMPTS = ["What is 2 + 3?", "Name a colour.", "?"]
+
+
+def test_one_prompt_one_response_and_lists_in_place_of_each(model):
+    one = generate(model, PROMPTS[0], max_new_tokens=12)
+    assert one.text == model.tokenizer.decode(one.tokens) and 0 < len(one.tokens) <= 12
+    many = generate(model, PROMPTS, max_new_tokens=12)
+    assert many[0] == one and len(many) == 3
+    drawn = generate(model, PROMPTS, max_new_tokens=12, n_samples=2, temperature=1.0, with_logprobs=True)
+    assert [[r.sample for r in row] for row in drawn] == [[0, 1]] * 3 and all(len(r.logprobs) == len(r.tokens) for row in drawn for r in row)
+    assert [r.tokens for r in generate(model, PROMPTS[0], max_new_tokens=12, n_samples=2, temperature=1.0)] == [r.tokens for r in drawn[0]]
+    ids = model.tokenizer.encode(PROMPTS[0] + "\n", bos=True)
+    assert generate(model, ids, max_new_tokens=12) == one and generate(model, [ids], max_new_tokens=12) == [one]
+    assert generate(model, [], max_new_tokens=12) == []
+
+
+def test_a_stream_is_the_text_in_pieces(model):
+    for seed in range(4):
+        options = dict(max_new_tokens=60, temperature=1.0, seed=seed)
+        pieces, whole = list(stream(model, PROMPTS[1], **options)), generate(model, PROMPTS[1], **options).text
+        assert "".join(pieces) == whole and len(pieces) > 3 and all(pieces)
+        stop = whole[len(whole) // 2:][:2]
+        assert "".join(stream(model, PROMPTS[1], stop=stop, **options)) == whole[:whole.index(stop)]
+
+
+def test_what_may_still_change_is_not_shown():
+    assert _settled("one tw", ["two", "three"]) == "one " and _settled("one th", ["two", "three"]) == "one " and _settled("one", ["two"]) == "one"
+    assert _settled("caf\ufffd", []) == "caf"
+
+
+def test_stop_strings_end_a_response_and_are_no_part_of_it(model):
+    plain = generate(model, PROMPTS, max_new_tokens=40, n_samples=3, temperature=1.0)
+    n_cut = 0
+    for row, cut_row in zip(plain, generate(model, PROMPTS, max_new_tokens=40, n_samples=3, temperature=1.0, stop=["a", "e9"])):
+        for whole, cut in zip(row, cut_row):
+            at = min((i for end in ("a", "e9") if (i := whole.text.find(end)) >= 0), default=None)
+            if at is None:
+                assert cut == whole
+            else:
+                n_cut += 1
+                assert cut.text == whole.text[:at] and cut.finished and cut.tokens == whole.tokens[:len(cut.tokens)] and len(cut.tokens) <= len(whole.tokens)
+                assert "a" not in model.tokenizer.decode(cut.tokens[:-1])
+    assert n_cut
+    with pytest.raises(ValueError, match="empty stop string"):
+        generate(model, "?", stop="")
+
+
+def test_conversations_need_a_chat_template_and_say_so(model):
+    with pytest.raises(ValueError, match="chat"):
+        generate(model, [{"role": "user", "content": "?"}])
+
+
+def test_fewer_rows_at_once_change_nothing(model, capsys):
+    options = dict(max_new_tokens=20, n_samples=4, temperature=1.0)
+    expected = generate(model, PROMPTS, **options)
+    config, statistics = model.model.config, generation.Statistics()
+    per_token = 2 * config.n_layers * config.n_kv_heads * config.head_dim * 4
+    longest = max(len(model.tokenizer.encode(p + "\n", bos=True)) for p in PROMPTS) + 20
+    assert generate(model, PROMPTS, max_cache_gb=3.5 * per_token * longest / 1e9, statistics=statistics, **options) == expected
+    assert statistics.slots == 3 and statistics.cache_bytes <= 4 * per_token * 64 and "3 rows at once instead of 12" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--max_cache_gb .*one row of .* tokens needs"):
+        generate(model, PROMPTS, max_cache_gb=1e-9, **options)
+
+
+def test_out_of_memory_while_generating_halves_the_batch(model, monkeypatch, capsys):
+    options = dict(max_new_tokens=20, n_samples=4, temperature=1.0, with_logprobs=True)
+    expected = [[(r.text, r.tokens) for r in row] for row in generate(model, PROMPTS, **options)]
+    decode, failures = generation._Batch.decode, [3, 9, 30]     # which decode steps fail
+
+    def failing(self):
+        failing.n += 1
+        if failing.n in failures:
+            raise torch.OutOfMemoryError("CUDA out of memory.") if failing.n != 9 else RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+        return decode(self)
+
+    failing.n = 0
+    monkeypatch.setattr(generation._Batch, "decode", failing)
+    statistics = generation.Statistics()
+    assert [[(r.text, r.tokens) for r in row] for row in generate(model, PROMPTS, statistics=statistics, **options)] == expected
+    assert statistics.slots == 1 and capsys.readouterr().out.count("out of memory") == 3
+    monkeypatch.setattr(generation._Batch, "decode", lambda self: (_ for _ in ()).throw(RuntimeError("another fault")))
+    with pytest.raises(RuntimeError, match="another fault"):
+        generate(model, PROMPTS, **options)
+
+
+def _short_of_memory(folder, limit):
+    """A cache of more than `limit` slots cannot be had on rank 1."""
+    make = KVCache.__init__
+
+    def bounded(self, n_layers, n_slots, *args, **options):
+        if groups.rank() == 1 and n_slots > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        make(self, n_layers, n_slots, *args, **options)
+
+    model, statistics = load(str(folder), dtype="fp32", device="cpu"), generation.Statistics()
+    options = dict(max_new_tokens=10, n_samples=4, temperature=1.0)
+    expected = generate(model, PROMPTS, **options)
+    KVCache.__init__ = bounded
+    try:
+        same = generate(model, PROMPTS, statistics=statistics, **options) == expected
+    except torch.OutOfMemoryError as error:
+        return str(error)
+    return same, statistics.slots
+
+
+def test_all_ranks_halve_the_batch_together(folder):
+    assert run_ranks(2, _short_of_memory, folder, 5) == [(True, 3)] * 2
+    assert all("no memory for a single row" in said for said in run_ranks(2, _short_of_memory, folder, 0))
+
+
+def test_the_chat(folder, tmp_path):
+    """Two questions of a base model, one too long for it; a conversation with a template is rendered from all its turns (test_tokenizer)."""
+    lines = ["What is 2 + 3?", "x" * 300, "/new", "", "Name a colour."]
+    command = [sys.executable, "-m", "llama_rlhf.chat", "--ckpt_dir", str(folder), "--device", "cpu", "--dtype", "fp32", "--max_new_tokens", "16", "--temperature", "0"]
+    done = subprocess.run(command, input="\n".join(lines) + "\n", cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "No chat template here" in done.stdout and done.stdout.count("tokens/s]") == 2 and "fit max_seq_len=256" in done.stdout, done.stdout

@@ -1,0 +1,243 @@
+"""A small part of tests/campaigns/kills.py, and what stands behind it: invariants, a stuck rank, steps that are skipped together."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from ranks import run_ranks
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "campaigns"))
+import jobs  # noqa: E402
+from jobs import flags_of, make_toy, metrics_of, run, saves_of  # noqa: E402
+
+STEP = "llama_rlhf.trainer:Trainer.step"
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return make_toy(tmp_path_factory.mktemp("kills") / "toy")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(toy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    script, flags = flags_of("SFT", toy, folder / "run")
+    ended = run(script, flags, 2, folder=folder)
+    assert ended.ok, ended.texts
+    return folder / "run"
+
+
+@pytest.mark.parametrize("rank,target,nth", [(1, "llama_rlhf.checkpoint.writer:PthWriter.write", 22), (0, "llama_rlhf.checkpoint.store:write_json", 4),
+                                             (0, "llama_rlhf.checkpoint.store:_fsync_folder", 4)],
+                         ids=["half a file written", "before the manifest", "after the renaming"])
+def test_killed_while_saving(rank, target, nth, toy, undisturbed, tmp_path):
+    script, flags = flags_of("SFT", toy, tmp_path / "run")
+    cut = run(script, flags, 2, [("kill", rank, target, nth)], folder=tmp_path)
+    assert cut.codes[rank] == -signal.SIGKILL and cut.codes[1 - rank] == 1 and "lost another rank" in cut.texts[1 - rank], cut.texts
+    expected = saves_of(undisturbed)
+    assert all(expected[name] == files for name, files in saves_of(tmp_path / "run").items())
+    again = run(script, flags, 2, folder=tmp_path)
+    assert again.ok, again.texts
+    assert saves_of(tmp_path / "run") == expected and metrics_of(tmp_path / "run") == metrics_of(undisturbed)
+    assert not list((tmp_path / "run").glob(".tmp-*"))
+
+
+def test_the_comparison_of_runs_notices_a_wrong_resumption(toy, undisturbed, tmp_path):
+    """The traps of the campaign: what test_killed_while_saving asserts must fail under each of them."""
+    script, flags = flags_of("SFT", toy, tmp_path / "begun")
+    run(script, flags, 2, [("kill", -1, STEP, 4)], folder=tmp_path)
+    for trap in ("random numbers not restored", "data position off by one", "moments not restored"):
+        shutil.copytree(tmp_path / "begun", tmp_path / "run")
+        assert run(script, {**flags, "save_dir": tmp_path / "run"}, 2, [("trap", -1, trap)], folder=tmp_path).ok
+        assert saves_of(tmp_path / "run") != saves_of(undisturbed), trap
+        shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind,size,target,nth", [("SFT", 1, "torch:Tensor.backward", 3), ("PPO", 2, "llama_rlhf.generation:choose", 5)])
+def test_the_other_rank_ends_within_seconds(kind, size, target, nth, toy, tmp_path):
+    script, flags = flags_of(kind, toy, tmp_path / "run", model_parallel_size=size)
+    ended = run(script, flags, 2, [("kill", 1, target, nth)], folder=tmp_path)
+    assert ended.codes == [1, -signal.SIGKILL] and "lost another rank" in ended.texts[0], ended.texts
+    assert ended.lag < 10 or ended.disturbed
+
+
+def test_a_stuck_rank_is_named_before_the_timeout(toy, tmp_path):
+    script, flags = flags_of("SFT", toy, tmp_path / "run", timeout_seconds=6, model_parallel_size=1)
+    ended = run(script, flags, 2, [("kill", 1, STEP, 3, 0.0, signal.SIGSTOP)], folder=tmp_path, timeout=12)
+    text = ended.texts[0]
+    assert ended.codes == [1, None], ended
+    assert "rank 0 has waited" in text and "in all_reduce (solver_train.py:" in text and "rank 1 (process" in text and "no sign of life" in text, text
+    assert text.index("rank 0 has waited") < text.index("lost another rank")
+
+
+def test_resumed_at_other_numbers_of_ranks(toy, undisturbed, tmp_path):
+    """1, then 3, then 2 ranks (kv heads on one, on all, on both of them): the numbers of the undisturbed run, up to rounding, and a note."""
+    script, flags = flags_of("SFT", toy, tmp_path / "run")
+    for n, nth, note in ((1, 4, False), (3, 3, True)):
+        ended = run(script, flags, n, [("kill", -1, STEP, nth)], folder=tmp_path)
+        assert ended.codes == [-signal.SIGKILL] * n and ("not to the bits" in ended.texts[0]) == note, ended.texts
+    ended = run(script, flags, 2, folder=tmp_path)
+    assert ended.ok and "was saved by 3 tensor-parallel ranks, here are 2" in ended.texts[0], ended.texts
+    mine, expected = metrics_of(tmp_path / "run"), metrics_of(undisturbed)
+    for key in expected:
+        assert mine[key]["loss"] == pytest.approx(expected[key]["loss"], abs=1e-5), key
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_disk_that_fills_up_while_saving(toy, undisturbed, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        script, flags = flags_of("SFT", toy, disk / "run", log_dir=tmp_path / "log")
+        ended = run(script, flags, 2, [("no_space_check", -1)], folder=tmp_path)        # the third save or so does not fit
+        assert ended.codes == [1, 1] and any("No space left on device" in text for text in ended.texts), ended.texts
+        kept, expected = saves_of(disk / "run"), saves_of(undisturbed)
+        assert kept and all(expected[name] == files for name, files in kept.items())
+        assert not list((disk / "run").glob(".tmp-*"))
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+# ---- invariants ----------------------------------------------------------------------------------------------------
+
+
+def _model(toy, lora=None):
+    from llama_rlhf.checkpoint.shards import load_model
+    from llama_rlhf.parallel import groups
+    from llama_rlhf.parallel.layers import Lora
+    groups.initialize(int(os.environ["TP"]), device="cpu", timeout_seconds=60)
+    return groups, load_model(str(toy / "hf"), lora=lora and Lora(*lora))
+
+
+def _drift(toy, tp, name):
+    """What the checks say before and after one number of one rank is changed."""
+    os.environ["TP"] = str(tp)
+    groups, model = _model(toy)
+    from llama_rlhf import invariants
+    from llama_rlhf.trainer import Trainer
+    trainers = {"model": Trainer(model, lr=1e-3, total_steps=3)}
+
+    def row(name):      # of wqkv the first of this rank's first kv head, which with 9 and 3 heads on 2 ranks rank 0 holds too
+        return dict(model.named_parameters())[name].data.flatten(0, -2)[model.layers[0].attention.wqkv.sizes[0]] if "wqkv" in name else \
+            dict(model.named_parameters())[name].data.view(-1)
+
+    invariants.running({"model": model}, trainers, step=1, grad_norm=1.0)
+    said = []
+    for change in ("weight", "norm", "step"):
+        if groups.rank() == 1:
+            if change == "weight":
+                row(name)[-1] += 1e-3
+            if change == "step":
+                trainers["model"].n_steps += 1
+        try:
+            invariants.running({"model": model}, trainers, step=1, grad_norm=1.0 + (change == "norm") * groups.rank())
+        except ValueError as error:
+            said.append(str(error))
+        if groups.rank() == 1 and change == "weight":
+            row(name)[-1] -= 1e-3
+    return said
+
+
+@pytest.mark.parametrize("tp,name", [(2, "layers.0.attention_norm.weight"), (2, "layers.0.attention.wqkv.weight"), (1, "layers.0.feed_forward.w2.weight")])
+def test_ranks_that_drift_apart_are_noticed_on_all(tp, name, toy):
+    """A norm; a kv head that both ranks hold; any weight of a replica."""
+    results = run_ranks(2, _drift, toy, tp, name)
+    for said in results:
+        weight, norm, step = said if len(said) == 3 else (said, None, None)
+        assert name.split(".")[2] in weight and "on rank 0" in weight and "on rank 1" in weight, said
+        assert "gradient norm: 1.0 on rank 0, 2.0 on rank 1" in norm and "optimizer steps: (0, 0) on rank 0, (1, 0) on rank 1" in step
+
+
+def _doctor(toy, mistake):
+    os.environ["TP"] = "2"
+    groups, model = _model(toy, (2, 4.0))
+    from llama_rlhf import invariants
+    from llama_rlhf.data import Example
+    from llama_rlhf.parallel import layers
+    from llama_rlhf.tokenizer import load_tokenizer
+    tokenizer = load_tokenizer(str(toy / "hf"))
+    rows = [Example(tokenizer.encode(f"{n}+1?\n", bos=True) + tokenizer.encode(f"{n + 1}", eos=True), 6, str(n)) for n in range(3)]
+    if mistake == "two beginnings":
+        rows[1].tokens.insert(1, tokenizer.bos_id)
+    elif mistake == "no end":
+        rows[2].tokens.pop()
+    elif mistake == "cache":
+        forward = type(model).forward
+        model.forward = lambda tokens, rows, cache=None: forward(model, tokens, rows, cache) * (1.0 if cache is None else 1.1)
+    elif mistake == "adapters":
+        factors = layers._factors
+        layers._factors = lambda module, dtype: (factors(module, dtype)[0], factors(module, dtype)[1] + 1e-4)
+    elif mistake == "not a number" and groups.rank() == 1:
+        next(model.parameters()).data[0, 0] = float("nan")
+    lines = []
+    groups.log = lambda text: lines.append(text)
+    with pytest.raises(SystemExit) as left:
+        invariants.start({"model": model}, {}, tokenizer, rows, step=0, max_seq_len=64, doctor=True)
+    return left.value.code, [line for line in lines[0].splitlines() if line.startswith("FAILED")]
+
+
+@pytest.mark.parametrize("mistake,said", [("", None), ("two beginnings", "one beginning token: not records 1"), ("no end", "last label is the end token: not records 2"),
+                                          ("cache", "cached decoding equals"), ("adapters", "new adapters change nothing"), ("not a number", "weights are finite: 1 par")])
+def test_the_doctor_finds_each_planted_mistake(mistake, said, toy):
+    for code, failed in run_ranks(2, _doctor, toy, mistake):
+        assert code == (1 if said else 0) and bool(failed) == bool(said) and any(said in line for line in failed) == bool(said) if said else not failed, failed
+
+
+def test_the_doctor_of_each_script(toy, tmp_path):
+    for kind in ("SFT", "verifier", "PPO"):
+        script, flags = flags_of(kind, toy, tmp_path / kind, doctor=True)
+        ended = run(script, flags, 2, folder=tmp_path)
+        assert ended.ok and " 0 failed" in ended.texts[0] and "step 1/" not in ended.texts[0], ended.texts
+        assert saves_of(tmp_path / kind) == {}
+
+
+# ---- steps that are skipped ----------------------------------------------------------------------------------------
+
+
+def _bad_gradient(toy, tp, spike):
+    """A gradient that is not a number, or large, on one rank only."""
+    os.environ["TP"] = str(tp)
+    groups, model = _model(toy)
+    from llama_rlhf.trainer import Trainer, response_logprobs
+    trainer = Trainer(model, lr=1e-2, total_steps=9, max_skipped_steps=2, skip_grad_norm_above=spike)
+    weight = model.layers[0].feed_forward.w2.weight
+    loss = lambda _: -response_logprobs(model, [[5, 6, 7, 8]], [1]).sum()  # noqa: E731
+    before = weight.detach().clone()
+    wrong = weight.register_hook(lambda g: g + (groups.rank() == 1) * (1e6 if spike > 0 else float("nan")))
+    trainer.last_save = "runs/x/step-7"
+    first = trainer.step([0], loss, lambda _: 3)
+    same = torch.equal(before, weight)
+    with pytest.raises(FloatingPointError, match="2 steps in a row.*last good checkpoint is runs/x/step-7"):
+        trainer.step([0], loss, lambda _: 3)
+    wrong.remove()
+    good = trainer.step([0], loss, lambda _: 3)
+    return first.skipped, same, good.skipped, trainer.skipped_steps, torch.equal(before, weight)
+
+
+@pytest.mark.parametrize("spike", [-1.0, 1e4])
+@pytest.mark.parametrize("tp", [2, 1])
+def test_all_ranks_skip_a_step_that_is_bad_on_one(tp, spike, toy):
+    assert run_ranks(2, _bad_gradient, toy, tp, spike) == [(True, True, False, 2, False)] * 2
+
+
+def _own_folder(folder):
+    from llama_rlhf.checkpoint import store
+    from llama_rlhf.parallel import groups
+    groups.initialize(device="cpu")
+    store.check_writable(str(folder / "shared"))
+    own = folder / f"node-{groups.rank()}"
+    own.mkdir()
+    with pytest.raises(ValueError, match="is not the folder that rank 0"):
+        store.check_writable(str(own))
+    return os.listdir(folder / "shared") + os.listdir(own)
+
+
+def test_nodes_that_do_not_share_the_save_dir_are_told(tmp_path):
+    """Each rank's path leads to a folder of its own, as on two nodes with a disk each; no probe is left behind."""
+    assert run_ranks(2, _own_folder, tmp_path) == [[], []]
