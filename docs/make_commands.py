@@ -24,10 +24,10 @@ PURPOSES = {
     "The algorithm": "algorithm num_samples_per_prompt kl_coef kl_target kl_horizon gamma lam clip clip_high dual_clip value_clip entropy_coef "
                      "whiten_rewards target_kl",
     "The reward": "rule_weight rule reward_model_weight reward_function normalize_scores bad_score min_response_tokens bootstrap_truncated",
-    "Sampling": "temperature top_k top_p min_p max_new_tokens",
+    "Sampling": "temperature top_k top_p min_p max_new_tokens stop",
     "Evaluation": "eval_steps eval_batch_size perplexity",
     "Saving and continuing": "save_steps keep_last resume save_rollouts replay seed",
-    "Memory": "activation_checkpointing keep_resident plan plan_ranks",
+    "Memory": "activation_checkpointing sequence_parallel keep_resident max_cache_gb plan plan_ranks",
     "Processes and devices": "model_parallel_size device timeout_seconds",
     "Seeing and checking": "log_steps tracker write_report check_steps doctor validate",
 }

@@ -156,7 +156,7 @@ def _slots_in(model: CausalLM, n_slots: int, longest: int, max_cache_gb: float) 
     return max(1, min(n_slots, int(allowed // max(1, per_slot))))
 
 
-def _largest(make: Callable[[int], "_Batch"], asked: int, n: int) -> "_Batch":
+def _largest(make: Callable[[int], _Batch], asked: int, n: int) -> _Batch:
     """Collective. A batch of n slots on every tensor-parallel rank or, where memory is short on any of them, of half as many, and so on."""
     while True:
         n, batch, error = -int(_max(-n)), None, None

@@ -25,6 +25,7 @@ EXAMPLES = os.path.join(ROOT, "examples")
 ELSEWHERE = {
     "gsm8k_official.sh": "needs the official data; its stages are those of quickstart.sh, and test_readme.py reads its flags",
     "arithmetic/run.sh": "ten minutes; docs/RESULTS.md has its numbers",
+    "chat.sh": "a conversation; tests/test_api.py holds one",
     "common.sh": "sourced by the others",
 }
 
