@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What the recipes share; they source it. It runs nothing by itself.
 #
 # Environment variables that every recipe understands:
@@ -11,7 +12,8 @@
 #   EXTRA             flags for every script, such as "--dtype bf16"; SOLVER_TRAIN_EXTRA, SOLVER_EVALUATE_EXTRA, VERIFIER_TRAIN_EXTRA and
 #                     PPO_TRAIN_EXTRA: for one of them. They replace a recipe's own flag of the same name. No spaces inside a value
 #   PYTHON            an interpreter that has the package; default: that of quickstart.sh if it is there, else python
-# A recipe that was stopped, given again, continues: finished stages end at once, the interrupted one goes on from its newest save.
+# Paths are as seen from the repository's folder. A recipe that was stopped, given again, continues: training that is finished ends at once, an interrupted one
+# goes on from its newest save, short evaluations are made again.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

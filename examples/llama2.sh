@@ -67,7 +67,8 @@ reward=(--rule_weight 1)
 if [ "$REWARD" = verifier ]; then
     if [ -z "${REWARD_LOAD:-}" ]; then
         say "2. a verifier: eight answers to each training problem, right or wrong by the rule"
-        launch solver_evaluate.py --ckpt_dir "$POLICY_LOAD" --log_dir "$SAVE_PATH/answers" --label_file "$DATASET_PATH" \
+        [ -e "$SAVE_PATH/answers/metrics.json" ] ||
+            launch solver_evaluate.py --ckpt_dir "$POLICY_LOAD" --log_dir "$SAVE_PATH/answers" --label_file "$DATASET_PATH" \
             --limit "${ANSWER_LIMIT:--1}" --num_samples_per_prompt 8 --max_batch_size 384 "${answers[@]}"
         launch verifier_train.py --ckpt_dir "${REWARD_BASE:-$POLICY_LOAD}" --save_dir "$SAVE_PATH/verifier" --train_file "$SAVE_PATH/answers/samples.jsonl" \
             --loss mse --max_steps "${MAX_STEPS:--1}" "${train[@]}" "${whole[@]}"
