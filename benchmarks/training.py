@@ -17,6 +17,7 @@ weight of a linear layer forward, 2 for the gradient of its input, 2 for its own
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -105,8 +106,9 @@ class Side:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     def step(self):
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
         for line in self.process.stdout:
             if line.startswith("{") and "seconds" in (record := json.loads(line)):
                 return record
@@ -145,13 +147,22 @@ def compare(what, options, folder, rows):
     with open(steps, "w") as file:
         json.dump(rows, file)
     common = ["--model", options.model, "--steps", steps, "--dtype", options.dtype, "--threads", str(options.threads)]
-    sides = {"ours": Side([sys.executable, os.path.join(HERE, "training.py"), "--side", what, *common, "--micro_batch", str(options.micro_batch)])}
+    ours = [sys.executable, os.path.join(HERE, "training.py"), *common, "--micro_batch", str(options.micro_batch), "--side"]
+    sides = {"ours": Side([*ours, what])}
+    if what == "lora":
+        sides["ours, full"] = Side([*ours, "full"])
     if options.peer_python:
         peer = [options.peer_python, os.path.join(HERE, "training_peer.py"), *common, "--micro_batch", str(options.peer_micro_batch),
                 "--attention", options.peer_attention, *(["--lora_rank", "16"] if what == "lora" else [])]
         names = {"full": {"transformers": "transformers", "trl": "sft"}, "lora": {"peft": "transformers", "trl": "sft"}, "reward": {"trl": "reward"}}[what]
         sides |= {name: Side([*peer, "--side", side]) for name, side in names.items()}
     return sides
+
+
+def close(sides):
+    for side in sides.values():
+        side.process.kill()
+        side.process.wait()
 
 
 def show(what, records, rows, options, rate):
@@ -164,6 +175,9 @@ def show(what, records, rows, options, rate):
         if name == "ours":
             share = statistics.median(a / r["seconds"] for a, r in zip(least, records[name][1:]))
             line += f"  {share:.0%} of the limit ({rate / 1e9:.0f} GFLOP/s)"
+        elif name == "ours, full":
+            parts = [a["seconds"] / b["seconds"] for a, b in zip(records["ours"][1:], records[name][1:])]
+            line += f"  (all weights: a step with adapters takes {statistics.median(parts):.2f} of its time; steps {', '.join(f'{r:.2f}' for r in parts)})"
         else:
             ratios = [b["seconds"] / a["seconds"] for a, b in zip(records["ours"][1:], records[name][1:])]
             line += (f"  ours is {statistics.median(ratios):.2f} times as fast (steps {', '.join(f'{r:.2f}' for r in ratios)}), "
@@ -210,26 +224,24 @@ def main():
         return serve(options)
     groups.initialize(device="cpu")
     torch.set_num_threads(options.threads)
-    asked, records = options.what.split(","), {}
+    asked = options.what.split(",")
     if "loss" in asked:
         loss_memory(options)
     rows = rows_of(options, options.n_steps + 1)
     rate = matmul_rate(groups.default_dtype(options.dtype))
-    with tempfile.TemporaryDirectory() as folder:
-        sides = {}
-        for what in ("full", "lora", "reward"):
-            if what in asked:
-                sides |= {(what, name): side for name, side in compare(what, options, folder, rows["reward" if what == "reward" else "sft"]).items()}
-        for i in range(options.n_steps + 1):
-            for key in list(sides) if i % 2 == 0 else list(sides)[::-1]:
-                records.setdefault(key, []).append(sides[key].step())
-            rate = max(rate, matmul_rate(groups.default_dtype(options.dtype)))
     for what in ("full", "lora", "reward"):
-        if what in asked:
-            show(what, {name: r for (kind, name), r in records.items() if kind == what}, rows["reward" if what == "reward" else "sft"], options, rate)
-    if "full" in asked and "lora" in asked:
-        pairs = [b["seconds"] / a["seconds"] for a, b in zip(records["full", "ours"][1:], records["lora", "ours"][1:])]
-        print(f"\na step with adapters takes {statistics.median(pairs):.2f} of the time of one with all weights (steps {', '.join(f'{r:.2f}' for r in pairs)})")
+        if what not in asked:
+            continue
+        data = rows["reward" if what == "reward" else "sft"]
+        with tempfile.TemporaryDirectory() as folder:
+            sides = compare(what, options, folder, data)
+            records = {name: [] for name in sides}
+            for i in range(options.n_steps + 1):
+                for name in list(sides) if i % 2 == 0 else list(sides)[::-1]:
+                    records[name].append(sides[name].step())
+                rate = max(rate, matmul_rate(groups.default_dtype(options.dtype)))
+            close(sides)
+        show(what, records, data, options, rate)
     groups.shutdown()
 
 

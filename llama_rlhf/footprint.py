@@ -20,7 +20,7 @@ from llama_rlhf.config import ModelConfig
 from llama_rlhf.generation import _PREFILL_TOKENS
 from llama_rlhf.models.transformer import CausalLM, Rows, Transformer, recompute_period
 from llama_rlhf.parallel import groups
-from llama_rlhf.parallel.gradients import _FLUSH_BYTES
+from llama_rlhf.parallel.gradients import BUCKET_BYTES, BUCKETS_TRAVELLING
 from llama_rlhf.parallel.layers import Lora, bytes_held, walk
 from llama_rlhf.sampling import Sampling, choose
 from llama_rlhf.trainer import _BUCKET, Trainer, response_logprobs, response_values
@@ -128,7 +128,7 @@ def passes(config: ModelConfig, rows: list[tuple[int, int]], *, model_class=Caus
         if trains:
             found |= {"optimizer": trainer.state_bytes, "gradients": 4 * sum(p.numel() for p in trainer.parameters)}
             largest = 4 * max(p.numel() for p in trainer.parameters)
-            found["update"] = found["gradients"] + (_FLUSH_BYTES + largest) * (groups.dp_size() > 1) + (max(4 * _BUCKET, largest) + largest) * (precision == "kahan")
+            found["update"] = found["gradients"] + (BUCKETS_TRAVELLING * BUCKET_BYTES + largest) * (groups.dp_size() > 1) + (max(4 * _BUCKET, largest) + largest) * (precision == "kahan")
         return found
 
     found = _over_layers(config, numbers, recompute_period(recompute) or 1)

@@ -19,8 +19,8 @@ class _TokenLogprobs(torch.autograd.Function):
 
     With z = h W^T / T over the whole vocabulary: lse = max + log sum exp(z - max), the max and the sum taken over ranks
     (Megatron-LM, arXiv:1909.08053, section 3, and ALGORITHM 1 of its vocabulary-parallel cross entropy).
-    dz = g * (onehot - p) + g_H * -p * (z - lse + H). The logits exist one chunk of rows at a time, in both directions; when one
-    chunk holds all rows it is kept for backward.
+    dz = g * (onehot - p) + g_H * -p * (z - lse + H). The logits exist one chunk at a time. When one chunk holds all of them it is kept for
+    backward. Else forward cuts them by rows, and backward by columns: each slice of the vocabulary then has its whole weight gradient at once.
     """
 
     @staticmethod
@@ -61,29 +61,32 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, local, mine, lse, entropy = ctx.saved_tensors
         g = torch.zeros_like(lse) if g is None else g
         kept, ctx.logits = ctx.logits, None     # overwritten below
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = None
-        for c in ctx.chunks:
-            logits = hidden[c] @ weight.t() if kept is None else kept
-            for part in _slices(len(logits), ctx.block):
-                b = slice(c.start + part.start, c.start + part.stop)
-                logp = logits[part].to(torch.float32, copy=True).div_(ctx.temperature).sub_(lse[b, None])
+        (n, _), vocab = hidden.shape, len(weight)
+        columns = [slice(0, vocab)] if kept is not None else _slices(vocab, _CHUNK_BYTES // (hidden.element_size() * max(1, n)))
+        d_hidden = torch.zeros_like(hidden, dtype=hidden.dtype if len(columns) == 1 else torch.float32) if ctx.needs_input_grad[0] else None
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for v in columns:
+            logits = hidden @ weight[v].t() if kept is None else kept
+            for b in _slices(n, max(1, ctx.block * vocab // max(1, logits.shape[1]))):
+                logp = logits[b].to(torch.float32, copy=True).div_(ctx.temperature).sub_(lse[b, None])
                 p = logp.exp()
                 if entropy is not None and g_entropy is not None:
                     dz = logp.add_(entropy[b, None]).mul_(p).mul_(-g_entropy[b, None])
                     dz.addcmul_(p, -g[b, None].expand_as(p))
                 else:
                     dz = p.mul_(-g[b, None])
-                dz.scatter_add_(1, local[b, None], (g[b] * mine[b])[:, None])
-                logits[part] = dz.div_(ctx.temperature)
-            if d_hidden is not None:
-                d_hidden[c] = logits @ weight
-            if ctx.needs_input_grad[1]:
-                part = logits.t() @ hidden[c]
-                d_weight = part if len(ctx.chunks) == 1 else part.float() if d_weight is None else d_weight.add_(part)
+                here = mine[b] & (local[b] >= v.start) & (local[b] < v.stop)
+                dz.scatter_add_(1, (local[b] - v.start).clamp(0, logits.shape[1] - 1)[:, None], (g[b] * here)[:, None])
+                logits[b] = dz.div_(ctx.temperature)
+            if d_hidden is not None and len(columns) == 1:
+                torch.mm(logits, weight, out=d_hidden)
+            elif d_hidden is not None:
+                d_hidden += logits @ weight[v]
+            if d_weight is not None:
+                torch.mm(logits.t(), hidden, out=d_weight[v])
         if d_hidden is not None:
-            all_reduce_(d_hidden)           # each rank saw only its own vocabulary rows
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
+            d_hidden = all_reduce_(d_hidden.to(hidden.dtype))       # each rank saw only its own vocabulary rows
+        return d_hidden, d_weight, None, None, None, None
 
 
 def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, vocab_start: int = 0,

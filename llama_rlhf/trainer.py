@@ -16,7 +16,7 @@ import torch.distributed as dist
 from llama_rlhf.losses import prediction_rows, token_logprobs
 from llama_rlhf.models.transformer import CausalLM, Rows, Transformer, ValueModel, recompute_period
 from llama_rlhf.parallel import groups
-from llama_rlhf.parallel.gradients import copy_from_replicas, copy_shared_from_owners, gradient_norm, sum_over_replicas, sync_partial_gradients
+from llama_rlhf.parallel.gradients import ReplicaSum, copy_from_replicas, copy_shared_from_owners, gradient_norm, sync_partial_gradients
 from llama_rlhf.parallel.layers import walk
 
 _BUCKET = 16 << 20              # weights whose fp32 values exist at a time, where they are put together for the update
@@ -70,8 +70,10 @@ class Trainer:
         self.loss_scale = 2.0 ** 16 if any(p.dtype == torch.float16 for p in model.parameters()) else None
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
         self._gradients: dict[torch.nn.Parameter, torch.Tensor] = {}        # fp32 sums of low-precision parameters
+        self._replica_sum = ReplicaSum(self.parameters, self.gradient_of) if groups.dp_size() > 1 else None
+        self._is_last = False           # of the step's micro-batches: gradients are then complete
         for p in self.parameters:
-            if p.dtype != torch.float32:
+            if p.dtype != torch.float32 or self._replica_sum:
                 p.register_post_accumulate_grad_hook(self._accumulate)
         self.sharded = zero == 1 and groups.dp_size() > 1
         self._owners = _shares(model, self.names) if self.sharded else [groups.dp_rank()] * len(named)
@@ -99,12 +101,16 @@ class Trainer:
             self.optimizer.state[master] = {"step": torch.zeros((), device=p.device), **{key: torch.zeros_like(p, dtype=torch.float32) for key in ("exp_avg", "exp_avg_sq")}}
 
     def _accumulate(self, parameter: torch.nn.Parameter) -> None:
-        total = self._gradients.get(parameter)
-        if total is None:
-            self._gradients[parameter] = parameter.grad.float()
-        else:
-            total.add_(parameter.grad)
-        parameter.grad = None
+        """Backward has found a gradient."""
+        if parameter.dtype != torch.float32:
+            total = self._gradients.get(parameter)
+            if total is None:
+                self._gradients[parameter] = parameter.grad.float()
+            else:
+                total.add_(parameter.grad)
+            parameter.grad = None
+        if self._is_last and self._replica_sum:
+            self._replica_sum.ready(parameter)
 
     def gradient_of(self, parameter: torch.nn.Parameter) -> torch.Tensor | None:
         return self._gradients.get(parameter, parameter.grad)
@@ -133,15 +139,18 @@ class Trainer:
         scale = self.loss_scale or 1.0
         n_tokens = int(self._sum_over_replicas(sum(count(batch) for batch in micro_batches)))
         total = torch.zeros((), dtype=torch.float64, device=groups.device())
-        for batch in micro_batches:
-            if count(batch):
-                loss = loss_sum(batch)
-                (loss * scale / max(1, n_tokens)).backward()
-                total += loss.detach()
+        filled = [batch for batch in micro_batches if count(batch)]
+        for i, batch in enumerate(filled):
+            self._is_last = i + 1 == len(filled)
+            loss = loss_sum(batch)
+            (loss * scale / max(1, n_tokens)).backward()
+            total += loss.detach()
+        self._is_last = False
         for p in self.parameters:       # a replica without data still takes part in the sums
             if self.gradient_of(p) is None:
                 self._gradients[p] = torch.zeros_like(p, dtype=torch.float32)
-        sum_over_replicas([self.gradient_of(p) for p in self.parameters])
+        if self._replica_sum:
+            self._replica_sum.finish()
         sync_partial_gradients(self.model, self.gradient_of)
         mean_loss, grad_norm = self._sum_over_replicas(total) / max(1, n_tokens), float(gradient_norm(self.model, self.gradient_of)) / scale
         lr = learning_rate(self.n_steps, **self._rate)

@@ -147,3 +147,15 @@ def test_the_chat(folder, tmp_path):
     done = subprocess.run(command, input="\n".join(lines) + "\n", cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "No chat template here" in done.stdout and done.stdout.count("tokens/s]") == 2 and "fit max_seq_len=256" in done.stdout, done.stdout
+
+
+def test_the_lines_of_the_readme_run(folder, model, capsys):
+    with open(os.path.join(ROOT, "README.md")) as file:
+        code = file.read().split("```python\n")[1].split("```")[0]
+    # the toy's tokenizer has no chat template
+    code = code.replace('"runs/solver")', f'{str(folder)!r}, dtype="fp32")').replace('[{"role": "user", "content": "Tell me a story."}]', '"Tell me a story.", max_new_tokens=30')
+    names = {"questions": PROMPTS}
+    exec(code, names)
+    said = capsys.readouterr().out
+    assert said.startswith(generate(model, "What is 17 + 25?").text + "\n") and said.endswith(generate(model, "Tell me a story.", max_new_tokens=30).text)
+    assert [len(row) for row in names["answers"]] == [8] * 3 and all("\n\n" not in r.text for row in names["answers"] for r in row)

@@ -10,6 +10,8 @@ from llama_rlhf.parallel.layers import piece_of, walk
 from llama_rlhf.parallel.regions import all_reduce_
 
 _FLUSH_BYTES = 64 << 20      # partial gradients travel in buffers of about this size
+BUCKET_BYTES = 32 << 20      # of gradients that replicas sum together, at least a parameter's
+BUCKETS_TRAVELLING = 3       # at most, at a time
 
 
 def sync_partial_gradients(model, grad_of=lambda parameter: parameter.grad) -> None:
@@ -87,10 +89,55 @@ def gradient_norm(model, grad_of=lambda parameter: parameter.grad) -> torch.Tens
     return all_reduce_(total).sqrt()
 
 
-def sum_over_replicas(tensors: list[torch.Tensor]) -> None:
-    """Sum gradients over data-parallel replicas, in place, in buffers. (The loss is already divided by the global count.)"""
-    if groups.dp_size() > 1:
-        _in_buffers(tensors, lambda flat: dist.all_reduce(flat, group=groups.dp_group()))
+class ReplicaSum:
+    """Sums gradients over data-parallel replicas, in place, in buckets, while backward still runs: see `ready`.
+
+    (The loss is already divided by the global count.) Buckets leave in one order, the same on every rank, whatever its backward does:
+    the last parameters first, as backward finds them.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter], grad_of):
+        self._grad_of, self._buckets, filled = grad_of, [[]], 0
+        for p in reversed(parameters):
+            if self._buckets[-1] and filled + p.numel() * 4 > BUCKET_BYTES:
+                self._buckets.append([])
+                filled = 0
+            self._buckets[-1].append(p)
+            filled += p.numel() * 4
+        self._bucket_of = {p: i for i, bucket in enumerate(self._buckets) for p in bucket}
+        self.begin()
+
+    def begin(self) -> None:
+        self._missing, self._next = [len(bucket) for bucket in self._buckets], 0
+        self._travelling: list[tuple[list[torch.Tensor], torch.Tensor, dist.Work]] = []
+
+    def ready(self, parameter: torch.nn.Parameter) -> None:
+        """This rank adds no more to this gradient in this step."""
+        self._missing[self._bucket_of[parameter]] -= 1
+        while self._next < len(self._buckets) and not self._missing[self._next]:
+            self._send()
+
+    def finish(self) -> None:
+        """Send what is left, and wait for all. Every parameter has a gradient now."""
+        while self._next < len(self._buckets):
+            self._send()
+        while self._travelling:
+            self._receive()
+        self.begin()
+
+    def _send(self) -> None:
+        if len(self._travelling) == BUCKETS_TRAVELLING:
+            self._receive()
+        grads = [self._grad_of(p) for p in self._buckets[self._next]]
+        flat = torch.cat([g.flatten() for g in grads])
+        self._travelling.append((grads, flat, dist.all_reduce(flat, group=groups.dp_group(), async_op=True)))
+        self._next += 1
+
+    def _receive(self) -> None:
+        grads, flat, work = self._travelling.pop(0)
+        work.wait()
+        for grad, summed in zip(grads, flat.split([g.numel() for g in grads])):
+            grad.copy_(summed.view_as(grad))
 
 
 def copy_from_replicas(tensors: list[torch.Tensor], owners: list[int]) -> None:
