@@ -6,7 +6,8 @@ import torch
 
 from llama_rlhf.parallel.regions import all_reduce_
 
-_CHUNK_BYTES = 128 << 20    # logits alive at a time, per rank
+_KEPT_BYTES = 256 << 20     # logits, all of a micro-batch's, that are kept for backward
+_CHUNK_BYTES = 128 << 20    # logits alive at a time where there are more, per rank
 _BLOCK_BYTES = 4 << 20      # of them in fp32 at a time on a CPU: about its cache. On a GPU a block is a chunk
 
 
@@ -19,15 +20,16 @@ class _TokenLogprobs(torch.autograd.Function):
 
     With z = h W^T / T over the whole vocabulary: lse = max + log sum exp(z - max), the max and the sum taken over ranks
     (Megatron-LM, arXiv:1909.08053, section 3, and ALGORITHM 1 of its vocabulary-parallel cross entropy).
-    dz = g * (onehot - p) + g_H * -p * (z - lse + H). The logits exist one chunk at a time. When one chunk holds all of them it is kept for
-    backward. Else forward cuts them by rows, and backward by columns: each slice of the vocabulary then has its whole weight gradient at once.
+    dz = g * (onehot - p) + g_H * -p * (z - lse + H). A few logits are kept for backward. More exist one
+    chunk at a time: forward cuts them by rows, and backward by columns: each slice of the vocabulary then has its whole weight gradient at once.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, vocab_start, temperature, with_entropy):
         ctx.set_materialize_grads(False)        # an entropy that is only looked at costs nothing in backward
         n, vocab = hidden.shape[0], weight.shape[0]
-        chunks = _slices(n, _CHUNK_BYTES // (hidden.element_size() * max(1, vocab)))
+        row = hidden.element_size() * max(1, vocab)
+        chunks = _slices(n, n if n * row <= _KEPT_BYTES else _CHUNK_BYTES // row)
         block = n if hidden.is_cuda else _BLOCK_BYTES // (4 * max(1, vocab))
         local = targets - vocab_start
         mine = (local >= 0) & (local < vocab)
@@ -52,7 +54,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logprobs = sums[1] - lse
         entropy = lse - sums[2] / sums[0] if with_entropy else None
         ctx.save_for_backward(hidden, weight, local, mine, lse, entropy)
-        ctx.temperature, ctx.chunks, ctx.block = temperature, chunks, block
+        ctx.temperature, ctx.block = temperature, block
         ctx.logits = logits if len(chunks) == 1 else None
         return logprobs, entropy
 

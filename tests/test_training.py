@@ -280,10 +280,11 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(world_of_one):
         trainer.step([0], bad, lambda _: 1)
 
 
-@pytest.mark.parametrize("chunk, block", [(500, 300), (1 << 20, 300), (1 << 20, 1 << 20)])
-def test_chunked_logprobs_and_entropy_equal_the_dense_formula(world_of_one, monkeypatch, chunk, block):
-    """Several chunks of 3 rows; one chunk, kept for backward, in blocks of 2 rows; all at once."""
+@pytest.mark.parametrize("kept, chunk, block", [(0, 500, 300), (1 << 20, 0, 300), (1 << 20, 0, 1 << 20)])
+def test_chunked_logprobs_and_entropy_equal_the_dense_formula(world_of_one, monkeypatch, kept, chunk, block):
+    """Several chunks, of 3 rows and then of 11 columns; all kept for backward, in blocks of 2 rows; all at once."""
     from llama_rlhf import losses
+    monkeypatch.setattr(losses, "_KEPT_BYTES", kept)
     monkeypatch.setattr(losses, "_CHUNK_BYTES", chunk)
     monkeypatch.setattr(losses, "_BLOCK_BYTES", block)
     torch.manual_seed(0)

@@ -87,8 +87,8 @@ class KVCache:
         return self._masks[window]
 
     def _multiplies(self, n_kv_heads: int) -> bool:
-        """Whether plain batched products are the faster attention: on a CPU, unless there are few of them."""
-        return self._on_cpu and self._batch * n_kv_heads >= 12
+        """Whether plain batched products are the faster attention: on a CPU, unless there is little to multiply (benchmarks/kernels.py)."""
+        return self._on_cpu and (self.k[0].dtype == torch.float32 or self._batch * n_kv_heads * self._span >= 3072)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None,
                slopes: torch.Tensor | None = None) -> torch.Tensor:

@@ -88,7 +88,7 @@ class _AdaptedLinear(torch.autograd.Function):
         dy = dy.contiguous()
         du = dy @ b
         dx = (dy @ weight).addmm_(du, a) if ctx.needs_input_grad[0] else None
-        return dx, None, None, du.t() @ x, dy.t() @ u
+        return dx, None, None, du.t() @ x, (u.t() @ dy).t()
 
 
 class _SplitLinear(torch.autograd.Function):
