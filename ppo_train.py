@@ -72,6 +72,7 @@ def main(
     keep_resident: str = "auto",
     activation_checkpointing: str = "none",
     sequence_parallel: bool = False,
+    compile: bool = False,
     optimizer_precision: str = "master",
     zero: int = 0,
     tracker: str = "none",
@@ -162,6 +163,7 @@ def main(
         keep_resident: auto, always or never: on CUDA, whether idle models stay on the device
         activation_checkpointing: what backward recomputes instead of keeping it: none, all blocks (about a third more time), mlp, or a number k: every k-th block
         sequence_parallel: divide the tokens among the tensor-parallel ranks outside attention and feed-forward: less memory, the same numbers
+        compile: torch.compile the norm and feed-forward of every block, for training on CUDA; the first steps take minutes
         optimizer_precision: where the updates of bf16 weights go that bf16 cannot hold: master, an fp32 copy; kahan, 16 bits more, 2 bytes less
         zero: 1 shares the optimizer state among the data-parallel replicas
         tracker: none, tensorboard (files in log_dir) or wandb (offline unless WANDB_MODE says otherwise); metrics.jsonl is written always
@@ -242,7 +244,7 @@ def main(
         if not 0 <= warmup_ratio <= 1 or max_iterations < 1 and max_iterations != -1 or critic_warmup < -1:
             raise ValueError(f"--warmup_ratio {warmup_ratio} must lie between 0 and 1, --max_iterations {max_iterations} be at least 1 (or -1), "
                              f"--critic_warmup {critic_warmup} at least 0 (or -1)")
-        check_options(optimizer_precision, zero, {groups.default_dtype(dtype)}, activation_checkpointing)
+        check_options(optimizer_precision, zero, {groups.default_dtype(dtype)}, activation_checkpointing, compile)
         if not (rule_weight or reward_function or reward_model_ckpt_dir and reward_model_weight):
             raise ValueError("no reward: give --reward_model_ckpt_dir, --reward_function or a --rule_weight")
         if keep_last == 0 or keep_last < -1:
@@ -323,6 +325,8 @@ def main(
         if model is not None:
             model.recompute(activation_checkpointing)
             model.sequence_parallel(sequence_parallel)
+            if compile:
+                model.compile_blocks()
 
     per_epoch = len(fitting) // n_prompts
     iterations = per_epoch * epochs if max_iterations == -1 else min(per_epoch * epochs, max_iterations)

@@ -38,6 +38,7 @@ def main(
     log_steps: int = 10,
     activation_checkpointing: str = "none",
     sequence_parallel: bool = False,
+    compile: bool = False,
     optimizer_precision: str = "master",
     zero: int = 0,
     tracker: str = "none",
@@ -92,6 +93,7 @@ def main(
         log_steps: optimizer steps between lines of the log
         activation_checkpointing: what backward recomputes instead of keeping it: none, all blocks (about a third more time), mlp, or a number k: every k-th block
         sequence_parallel: divide the tokens among the tensor-parallel ranks outside attention and feed-forward: less memory, the same numbers
+        compile: torch.compile the norm and feed-forward of every block, for training on CUDA; the first steps take minutes
         optimizer_precision: where the updates of bf16 weights go that bf16 cannot hold: master, an fp32 copy; kahan, 16 bits more, 2 bytes less
         zero: 1 shares the optimizer state among the data-parallel replicas
         tracker: none, tensorboard (files in log_dir) or wandb (offline unless WANDB_MODE says otherwise); metrics.jsonl is written always
@@ -147,7 +149,7 @@ def main(
             raise ValueError(f"--max_steps {max_steps}: use -1 for no limit, or at least 1")
         if lr != -1 and lr <= 0 or not 0 <= warmup_ratio <= 1:
             raise ValueError(f"--lr {lr} must be positive (or -1 for the default) and --warmup_ratio {warmup_ratio} between 0 and 1")
-        check_options(optimizer_precision, zero, {groups.default_dtype(dtype)}, activation_checkpointing)
+        check_options(optimizer_precision, zero, {groups.default_dtype(dtype)}, activation_checkpointing, compile)
         check_tracker(tracker)
         companions = companions_folder(tokenizer_file) or ckpt_dir
         tokenizer = load_tokenizer(tokenizer_file or ckpt_dir, chat_format=chat_format)
@@ -169,6 +171,8 @@ def main(
     model = load_model(start or ckpt_dir, verify=not start, lora=lora, dtype=groups.default_dtype(dtype), model_type=model_type, seed=seed)
     model.recompute(activation_checkpointing)
     model.sequence_parallel(sequence_parallel)
+    if compile:
+        model.compile_blocks()
     n_bytes = sum(groups.gather_objects(sum(p.nbytes for p in model.parameters()) if groups.dp_rank() == 0 else 0))
     with groups.together(f"checking the space in {save_dir}"):
         store.check_free_space(save_dir, n_bytes)       # for the first save: better now than after an epoch

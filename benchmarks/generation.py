@@ -1,6 +1,6 @@
 """Generation beside transformers' `generate`, and beside the floor; same weights, prompts and lengths, outputs compared first.
 
-    python benchmarks/generation.py --model DIR [--what decode,job,samples] [--dtype bf16] [--n_questions 256]
+    python benchmarks/generation.py --model DIR [--what decode,job,samples,parallel,start] [--dtype bf16] [--n_questions 256]
 
 DIR: a Hugging Face folder, e.g. made by checkpoint_split.py --format hf. The sides alternate (ours, theirs, theirs, ours); a ratio is
 the median over such pairs.
@@ -8,12 +8,18 @@ the median over such pairs.
            linear layers at that batch, by F.linear, nothing else.
   job      GSM8K questions with chat template, greedy, natural stopping: wall time for all, and the part of decode rows that was useful.
   samples  8 samples of each of 32 questions, temperature 1.
+  parallel ours on two tensor-parallel ranks of one thread beside one process of two threads, decoding 16 rows; calls and bytes of the
+           collectives per decode step, which must be what the architecture says.
+  start    seconds of a whole solver_evaluate.py that gives one token, beside a minimal script of transformers that does.
 """
 
 import argparse
+import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -106,6 +112,68 @@ def decode(model, peer, args):
               f"times as fast; the floor is {batch / least:.1f} tok/s: {rates[0] * least / batch:.0%} of it", flush=True)
 
 
+def one_layout(args):
+    """Our decode rate on the ranks there are, and what a step costs in collectives: one line of json. See `parallel`."""
+    from llama_rlhf.parallel.regions import traffic
+    model = load_model(args.model, dtype=groups.default_dtype(args.dtype))
+    prompts = torch.randint(100, 40000, (16, 100), generator=torch.Generator().manual_seed(0)).tolist()
+    ours(model, prompts, max_new_tokens=2, batch=16)
+    seconds, counts = {}, {}
+    for n in (72, 8):
+        traffic.clear()
+        seconds[n] = min(timed(lambda n=n: ours(model, prompts, max_new_tokens=n, batch=16))[0] for _ in range(1 if n == 72 else 2))
+        counts[n] = traffic.copy()
+        counts[n].subtract({} if n == 72 else {key: value // 2 for key, value in traffic.items()})
+    if groups.is_main():
+        per_step = {key: (counts[72][key] - counts[8][key]) / 64 for key in counts[72]}
+        config = model.config
+        expected = {"all_reduce": 2 * config.n_layers + 1, "all_reduce_bytes": (2 * config.n_layers + 1) * 16 * config.dim * model.dtype.itemsize,
+                    "all_gather": 1, "all_gather_bytes": 16 * 2 * 8} if groups.tp_size() > 1 else {}
+        print(json.dumps({"rate": 16 * 64 / (seconds[72] - seconds[8]), "per_step": per_step, "expected": expected}), flush=True)
+
+
+def parallel(args):
+    own = [os.path.abspath(__file__), "--model", args.model, "--what", "one_layout", "--dtype", args.dtype]
+    commands = {1: [sys.executable, *own, "--threads", "2"], 2: [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *own, "--threads", "1"]}
+    found = {1: [], 2: []}
+    for i in range(args.pairs):
+        for n in ((1, 2), (2, 1))[i % 2]:
+            out = subprocess.run(commands[n], capture_output=True, text=True, check=True).stdout
+            found[n].append(json.loads(next(line for line in out.splitlines() if line.startswith("{"))))
+    rates = {n: statistics.median(run["rate"] for run in runs) for n, runs in found.items()}
+    ratio = statistics.median(b["rate"] / a["rate"] for a, b in zip(found[1], found[2]))
+    last = found[2][-1]
+    print(f"decode 16 rows: one process {rates[1]:.1f} tok/s, two ranks {rates[2]:.1f}: {ratio:.2f} of it; collectives per step of 16 tokens "
+          + ", ".join(f"{key} {value:.0f}" for key, value in sorted(last["per_step"].items()))
+          + (" as expected" if last["per_step"] == last["expected"] else f", EXPECTED {last['expected']}"), flush=True)
+
+
+THEIR_START = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+ids = tokenizer("What is 2 + 3?", return_tensors="pt")
+with torch.inference_mode():
+    print(tokenizer.decode(model.generate(**ids, max_new_tokens=1, do_sample=False)[0, -1:]))
+"""
+
+
+def start(args):
+    evaluate = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "solver_evaluate.py")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    with tempfile.TemporaryDirectory() as folder:
+        a = lambda: subprocess.run([sys.executable, evaluate, "--ckpt_dir", args.model, "--log_dir", folder, "--limit", "1", "--max_new_tokens", "1",  # noqa: E731
+                                    "--dtype", args.dtype, "--write_report", "false"], check=True, capture_output=True)
+        b = lambda: subprocess.run([sys.executable, "-c", THEIR_START, args.model, {"bf16": "bfloat16", "fp32": "float32"}[args.dtype]],  # noqa: E731
+                                   check=True, capture_output=True, env=environment)
+        a(), b()        # files are in memory now
+        seconds, _ = alternate(a, b, args.pairs)
+    print(f"from nothing to one token: solver_evaluate.py, to its end, {statistics.median(x for x, _ in seconds):.2f} s, transformers "
+          f"{statistics.median(y for _, y in seconds):.2f} s: {statistics.median(x / y for x, y in seconds):.2f} of it", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
@@ -119,8 +187,18 @@ def main():
     parser.add_argument("--cache", default=None, help="of the peer: None (dynamic) or static")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    groups.initialize(device="cpu" if not torch.cuda.is_available() else None)
+    groups.initialize(device="auto")
     torch.set_num_threads(args.threads)
+    asked = args.what.split(",")
+    if asked == ["one_layout"]:
+        one_layout(args)
+        groups.shutdown()
+        return
+    for name, measure in (("parallel", parallel), ("start", start)):
+        if name in asked:
+            measure(args)
+    if not {"decode", "job", "samples"} & set(asked):
+        return
     model = load_model(args.model, dtype=groups.default_dtype(args.dtype))
     peer = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=model.dtype).to(groups.device()).eval()
     tokenizer = load_tokenizer(args.model)
@@ -128,17 +206,18 @@ def main():
     mine = ours(model, prompts[:8], max_new_tokens=16, batch=8, eos=tokenizer.eos_ids)
     same = sum(a == b for a, b in zip(mine, theirs(peer, prompts[:8], max_new_tokens=16, batch=8, eos=tokenizer.eos_ids)))
     print(f"outputs compared: {same} of 8 greedy answers of 16 tokens are the same ({args.dtype})", flush=True)
-    if "decode" in args.what:
+    if "decode" in asked:
         decode(model, peer, args)
-    if "job" in args.what:
+    if "job" in asked:
         facts = Statistics()
         options = dict(max_new_tokens=args.max_new_tokens, batch=args.batch, eos=tokenizer.eos_ids)
         seconds, (a, b) = alternate(lambda: ours(model, prompts, **options, statistics=facts), lambda: theirs(peer, prompts, **options, cache=args.cache), max(1, args.pairs // 2))
         same = sum(x == y for x, y in zip(a, b))
         tokens = [sum(len(row[0]) for row in side) for side in (a, b)]
         show(f"{len(prompts)} questions", seconds, f"; {same} texts the same, {tokens[0]} and {tokens[1]} tokens; "
-             f"{facts.decode_rows / max(1, facts.slot_steps):.1%} of our slots x steps gave a token")
-    if "samples" in args.what:
+             f"of the decode rows we computed {1 - (tokens[0] - len(prompts)) * len(seconds) / max(1, facts.decode_rows):.1%} gave no token of an answer, "
+             f"{facts.decode_rows / max(1, facts.slot_steps):.1%} of slots x steps were filled")
+    if "samples" in asked:
         few, options = prompts[:32], dict(max_new_tokens=128, batch=args.batch, eos=tokenizer.eos_ids)
         seconds, (a, b) = alternate(lambda: ours(model, few, **options, n_samples=8, sampling=Sampling(temperature=1.0)),
                                     lambda: theirs(peer, few, **(options | {"batch": args.batch // 8}), do_sample=True, temperature=1.0, top_k=0, num_return_sequences=8),

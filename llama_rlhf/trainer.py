@@ -272,13 +272,15 @@ class Trainer:
         return float(tensor)
 
 
-def check_options(precision: str, zero: int, dtypes: set[torch.dtype], recompute: str = "none") -> None:
+def check_options(precision: str, zero: int, dtypes: set[torch.dtype], recompute: str = "none", compiles: bool = False) -> None:
     """ValueError for options that do not exist or do not go with trained parameters of these dtypes."""
     recompute_period(recompute)
     if precision not in ("master", "kahan"):
         raise ValueError(f"--optimizer_precision {precision!r}: use master or kahan")
     if precision == "kahan" and torch.float16 in dtypes:
         raise ValueError("--optimizer_precision kahan extends bf16 to fp32, which fp16 is no part of: use master, or --dtype bf16")
+    if compiles and groups.device().type != "cuda":
+        raise ValueError("--compile is for CUDA: on a CPU it has not been seen to pay. Leave it out")
     if zero not in (0, 1):
         raise ValueError(f"--zero {zero}: use 0, or 1 to share the optimizer state among the data-parallel replicas")
 

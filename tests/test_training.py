@@ -130,6 +130,27 @@ def test_what_is_recomputed_gives_the_same_gradients(what, tmp_path):
                 assert (torch.tensor(value) - torch.tensor(b[0][native][0])).abs().max() < 1e-6, (native, n)
 
 
+@pytest.mark.parametrize("name,lora,recompute", [("llama", None, "none"), ("llama", (4, 8.0), "mlp"), ("bloom", None, "all")])
+def test_a_compiled_feed_forward_gives_the_same_gradients(name, lora, recompute, tmp_path, world_of_one):
+    """Traced and differentiated by torch.compile, run without its code generator (which wants a C++ compiler): two lengths, one program."""
+    from llama_rlhf.checkpoint.shards import load_model
+    from llama_rlhf.parallel.layers import Lora
+    from llama_rlhf.trainer import response_logprobs
+    make_hf(tmp_path, name)
+    found = []
+    for compiled in (False, True):
+        model = load_model(str(tmp_path), lora=lora and Lora(*lora), seed=3)
+        model.recompute(recompute)
+        if compiled:
+            torch._dynamo.reset()
+            model.compile_blocks(backend="aot_eager")
+        for batch in ([0, 1], [2, 3], [0, 1, 2, 3]):
+            response_logprobs(model, [ROWS[i][0] for i in batch], [ROWS[i][1] for i in batch]).sum().backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all((a - b).abs().max() < 1e-5 for a, b in zip(*found))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
 def test_what_is_recomputed_is_not_kept(world_of_one):
     """Bytes that backward keeps: all blocks < every second < none, and the feed-forward's share in between."""
     from llama_rlhf.config import ModelConfig

@@ -147,7 +147,7 @@ class RMSNorm(nn.Module):
         self.partial = ("weight",) if partial else ()    # used on this rank's heads only: its gradient is a part
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and not x.is_cuda:
+        if torch.is_grad_enabled() and not x.is_cuda and not torch.compiler.is_compiling():
             return _RMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
@@ -404,11 +404,14 @@ class Block(nn.Module):
             self.feed_forward = MixtureOfExperts(config, partition, dtype)
         else:
             self.feed_forward = {"swiglu": SwiGLU, "gelu": GeluMLP}[config.mlp](config, partition, lora, dtype)
-        self.recompute_mlp = False
+        self.recompute_mlp, self.compiled_mlp = False, None
 
     def forward(self, x, rows, places, cache, layer):
         x = x + self.attention(self.attention_norm(x), rows, places, cache, layer)
-        return x + (_recomputed(self._mlp, x, places.split) if self.recompute_mlp and torch.is_grad_enabled() else self._mlp(x, places.split))
+        if not torch.is_grad_enabled():
+            return x + self._mlp(x, places.split)
+        mlp = self.compiled_mlp or self._mlp
+        return x + (_recomputed(mlp, x, places.split) if self.recompute_mlp else mlp(x, places.split))
 
     def _mlp(self, x, n_tokens):
         return self.feed_forward(self.ffn_norm(x), n_tokens)
@@ -471,6 +474,12 @@ class Transformer(nn.Module):
         self.recompute_every = recompute_period(what)
         for block in self.layers:
             block.recompute_mlp = what == "mlp"
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Training passes run every block's norm and feed-forward through torch.compile, one program for all lengths: its elementwise parts are
+        fused. Attention, whose rows differ from pass to pass, and generation stay as they are."""
+        for block in self.layers:
+            block.compiled_mlp = torch.compile(block._mlp, dynamic=True, backend=backend)
 
     def sequence_parallel(self, on: bool = True) -> None:
         """Outside attention and feed-forward each tensor-parallel rank holds its part of the tokens only: norms, residuals, and what backward
