@@ -28,7 +28,7 @@ PURPOSES = {
     "Evaluation": "eval_steps eval_batch_size perplexity",
     "Saving and continuing": "save_steps keep_last resume save_rollouts replay seed",
     "Memory": "activation_checkpointing sequence_parallel keep_resident max_cache_gb plan plan_ranks",
-    "Processes and devices": "model_parallel_size device timeout_seconds",
+    "Processes and devices": "model_parallel_size device compile timeout_seconds",
     "Seeing and checking": "log_steps tracker write_report check_steps doctor validate",
 }
 
@@ -81,11 +81,20 @@ PAGES = {
                    ("`log_dir/report.html`, `report.png`", "[REPORT.md](../REPORT.md)")],
         "more": "What an iteration does, and what each number means: [PPO.md](../PPO.md).",
     },
+    "llama_rlhf/chat.py": {
+        "example": "python -m llama_rlhf.chat --ckpt_dir runs/solver",
+        "writes": [("nothing", "the conversation is on the screen")],
+        "more": "From Python: `from llama_rlhf import load, generate, stream` (`llama_rlhf/api.py`).",
+    },
 }
 
 
+def name_of(script):
+    return os.path.basename(script)[:-3]
+
+
 def main_of(script):
-    spec = importlib.util.spec_from_file_location(script[:-3], os.path.join(ROOT, script))
+    spec = importlib.util.spec_from_file_location(name_of(script), os.path.join(ROOT, script))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main
@@ -114,7 +123,7 @@ def page(script: str) -> str:
 
 if __name__ == "__main__":
     for script in PAGES:
-        path = os.path.join(ROOT, "docs", "scripts", script[:-3] + ".md")
+        path = os.path.join(ROOT, "docs", "scripts", name_of(script) + ".md")
         with open(path, "w", encoding="utf-8") as file:
             file.write(page(script))
         print(f"written: {os.path.relpath(path)}")

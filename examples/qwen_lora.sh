@@ -11,10 +11,10 @@
 # What the largest rank needs, as `EXTRA="--device cpu" PLAN=1 MODEL_SIZE=... NPROC=... bash examples/qwen_lora.sh` prints it:
 #
 #   MODEL_SIZE, NPROC      solver_train   ppo_train (grpo)
-#   7B, 1                     17.250 GB          32.218 GB
-#   7B, 2                      9.083 GB          16.267 GB
-#   14B, 4                     9.882 GB          16.226 GB
-#   72B, 8                    24.139 GB          38.525 GB
+#   7B, 1                     17.184 GB          32.218 GB
+#   7B, 2                      9.017 GB          16.267 GB
+#   14B, 4                     9.691 GB          16.226 GB
+#   72B, 8                    23.675 GB          38.525 GB
 #
 # Variables besides those in common.sh: MODEL_SIZE (0.5B to 72B of Qwen2.5), MODEL (any other preset of that kind, such as qwen3-8b), POLICY_LOAD (a
 # model fine-tuned with LoRA: skips fine-tuning), CHAT_FORMAT (own: the tokenizer's template), TEST_PATH, LORA_RANK, BATCH_SIZE, MAX_SEQ_LEN,

@@ -1,4 +1,4 @@
-"""The command `llama-rlhf`, for where the package is installed and its folder is not at hand: the five scripts by name.
+"""The command `llama-rlhf`, for where the package is installed and its folder is not at hand: the five scripts, and the chat, by name.
 
     llama-rlhf solver_train --help
     llama-rlhf --nproc_per_node 8 solver_train --ckpt_dir ...       torchrun's flags before the script's name, the script's after it
@@ -7,7 +7,8 @@
 import runpy
 import sys
 
-SCRIPTS = ("checkpoint_split", "solver_train", "solver_evaluate", "verifier_train", "ppo_train")
+# name -> module
+SCRIPTS = {**{name: name for name in ("checkpoint_split", "solver_train", "solver_evaluate", "verifier_train", "ppo_train")}, "chat": "llama_rlhf.chat"}
 
 
 def main() -> None:
@@ -21,7 +22,7 @@ def main() -> None:
     script, flags = words[at].removesuffix(".py").replace("-", "_"), words[at + 1:]
     if at:
         from torch.distributed.run import main as torchrun
-        torchrun([*words[:at], "-m", script, *flags])
+        torchrun([*words[:at], "-m", SCRIPTS[script], *flags])
     else:
         sys.argv = [script, *flags]
-        runpy.run_module(script, run_name="__main__", alter_sys=True)
+        runpy.run_module(SCRIPTS[script], run_name="__main__", alter_sys=True)
