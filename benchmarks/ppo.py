@@ -112,7 +112,7 @@ def compare(ours, dump_file):
           f"mean {(mine - theirs).abs().mean():.1e}", flush=True)
 
 
-def limits(model, n_rows, n_prompt, n_response, n_forwards, n_updates, lora):
+def limits(model, n_rows, n_prompt, n_response, n_updates, lora, rate):
     """Seconds that the iteration's matrix products need on this machine: {"generate", "score", "update"}.
 
     Per token a forward costs 2 FLOP per linear weight, a backward 4 (2 with adapters: no weight gradients). The head is counted at
@@ -122,7 +122,6 @@ def limits(model, n_rows, n_prompt, n_response, n_forwards, n_updates, lora):
     shapes = [tuple(m.weight.shape) for _, m in model.named_modules() if hasattr(m, "layout") and m.weight.dim() == 2 and "mbed" not in type(m).__name__]
     body, head = sum(a * b for a, b in shapes), model.head_weight.numel()
     body -= head if model.output is not None else 0
-    rate = matmul_rate(dtype)
     tokens = n_prompt + n_response
     # actor and reference look at response tokens with the head; critic and reward model have none
     forward = lambda heads: 2 * (body * tokens + head * heads)  # noqa: E731
@@ -190,8 +189,9 @@ def main():
         sides = {"ours": Ours(args, prompts, folder)}
         if args.peer_python:
             sides["trl"] = Peer(args, prompts_file)
-        rows = {name: [] for name in sides}
+        rows, rate = {name: [] for name in sides}, 0.0
         for i in range(args.iterations + 1):
+            rate = max(rate, matmul_rate(groups.default_dtype(args.dtype)))         # the machine's speed comes and goes
             for name in list(sides) if i % 2 == 0 else list(sides)[::-1]:
                 record = sides[name].iteration()
                 print(f"{name:5} iteration {i}: " + "  ".join(f"{key} {value:.4g}" for key, value in record.items() if isinstance(value, (int, float))), flush=True)
@@ -200,7 +200,7 @@ def main():
                 elif name == "trl":
                     compare(sides["ours"], args.dump)
     first = rows["ours"][0]
-    limit = limits(sides["ours"].roles.actor, args.n_rows, first["prompt_tokens"], first["response_tokens"], 4, args.inner_epochs, args.lora_rank > 0)
+    limit = limits(sides["ours"].roles.actor, args.n_rows, first["prompt_tokens"], first["response_tokens"], args.inner_epochs, args.lora_rank > 0, rate)
     print(f"\n{args.dtype}, {'all weights' if args.lora_rank < 1 else f'LoRA {args.lora_rank}'}, {args.n_rows} prompts ({first['prompt_tokens']} tokens) x "
           f"{args.new_tokens} new tokens, {args.inner_epochs} epochs, {args.threads} threads; matmul {limit['matmul_gflops']:.0f} GFLOP/s, "
           f"decode step {limit['decode_step'] * 1e3:.1f} ms; medians of {args.iterations}")
