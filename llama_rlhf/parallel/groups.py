@@ -17,6 +17,7 @@ import sys
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
+from torch.distributed.rendezvous import rendezvous
 
 from llama_rlhf.parallel.shared_memory import SharedMemoryGroup, host_identity
 from llama_rlhf.parallel.watch import Watch
@@ -59,7 +60,10 @@ def initialize(model_parallel_size: int = -1, *, timeout_seconds: float = 600.0,
     backend = "nccl" if use_cuda else "gloo"
     if not dist.is_initialized():
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
+            # torchrun --max-restarts keeps the store of the processes that died, whose addresses the new ones would wait for
+            store, rank, _ = next(rendezvous("env://", timeout=timeout))
+            store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     # FairScale's released version takes no timeout, so its sub-groups would wait the library's default (10 or 30 minutes)
