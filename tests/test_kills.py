@@ -11,6 +11,7 @@ import torch
 from ranks import run_ranks
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "campaigns"))
+import jobs  # noqa: E402
 from jobs import flags_of, make_toy, metrics_of, run, saves_of  # noqa: E402
 
 STEP = "llama_rlhf.trainer:Trainer.step"
