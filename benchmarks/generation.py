@@ -10,7 +10,7 @@ the median over such pairs.
   samples  8 samples of each of 32 questions, temperature 1.
   parallel ours on two tensor-parallel ranks of one thread beside one process of two threads, decoding 16 rows; calls and bytes of the
            collectives per decode step, which must be what the architecture says.
-  start    seconds of a whole solver_evaluate.py that gives one token, beside a minimal script of transformers that does.
+  start    seconds from the start of solver_evaluate.py to its first token, beside a minimal script of transformers that gives one.
 """
 
 import argparse
@@ -148,6 +148,18 @@ def parallel(args):
           + (" as expected" if last["per_step"] == last["expected"] else f", EXPECTED {last['expected']}"), flush=True)
 
 
+OUR_START = """
+import os, runpy, sys
+from llama_rlhf import generation
+accept = generation._Batch._accept
+def first(self, *arguments):
+    print(accept(self, *arguments)[0], flush=True)
+    os._exit(0)
+generation._Batch._accept = first
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 THEIR_START = """
 import sys
 import torch
@@ -164,13 +176,14 @@ def start(args):
     evaluate = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "solver_evaluate.py")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     with tempfile.TemporaryDirectory() as folder:
-        a = lambda: subprocess.run([sys.executable, evaluate, "--ckpt_dir", args.model, "--log_dir", folder, "--limit", "1", "--max_new_tokens", "1",  # noqa: E731
-                                    "--dtype", args.dtype, "--write_report", "false"], check=True, capture_output=True)
+        a = lambda: subprocess.run([sys.executable, "-c", OUR_START, evaluate, "--ckpt_dir", args.model, "--log_dir", folder, "--limit", "1", "--max_new_tokens", "1",  # noqa: E731
+                                    "--dtype", args.dtype, "--write_report", "false"], check=True, capture_output=True, cwd=os.path.dirname(evaluate))
         b = lambda: subprocess.run([sys.executable, "-c", THEIR_START, args.model, {"bf16": "bfloat16", "fp32": "float32"}[args.dtype]],  # noqa: E731
                                    check=True, capture_output=True, env=environment)
-        a(), b()        # files are in memory now
+        assert b"(0, 0, 0," in a().stdout       # files are in memory now
+        b()
         seconds, _ = alternate(a, b, args.pairs)
-    print(f"from nothing to one token: solver_evaluate.py, to its end, {statistics.median(x for x, _ in seconds):.2f} s, transformers "
+    print(f"from nothing to the first token: solver_evaluate.py {statistics.median(x for x, _ in seconds):.2f} s, transformers "
           f"{statistics.median(y for _, y in seconds):.2f} s: {statistics.median(x / y for x, y in seconds):.2f} of it", flush=True)
 
 
