@@ -19,10 +19,9 @@ import json
 import math
 import random
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from llama_rlhf.records import SCHEMAS, answers_of, keys_of, located, preference_of, prompt_of, text_field, texts_field, turns_of, type_name
+from llama_rlhf.records import SCHEMAS, answers_of, keys_of, located, naming, preference_of, prompt_of, text_field, texts_field, turns_of, type_name
 
 # -- examples ---------------------------------------------------------------------------------------------------
 
@@ -77,18 +76,6 @@ def encode_response(tokenizer, prompt_ids, text, finished, max_seq_len):
     return tokens[:max_seq_len], len(tokens) > max_seq_len
 
 
-@contextmanager
-def _located(where, faults=None):
-    """Puts `where` before the message of a ValueError; with a list of faults, the message goes there instead."""
-    try:
-        yield
-    except ValueError as e:
-        message = str(e) if str(e).startswith(where) else f"{where}: {e}"
-        if faults is None:
-            raise ValueError(message) from e
-        faults.append(message)
-
-
 def sft_examples(
     records, tokenizer, *, max_seq_len, use_chat_template=False, train_on_prompt=False, system_prompt=None, report=None, faults=None
 ):  # fmt: skip
@@ -103,7 +90,7 @@ def sft_examples(
     examples = []
     for number, where, record in located(records):
         turns = []
-        with _located(where, faults):
+        with naming(where, faults):
             turns = [(encode_prompt(tokenizer, prompt, **options), answer) for prompt, answer in turns_of(record, where)]
         for n, (prompt_ids, answer) in enumerate(turns, 1):
             id = f"{number}.{n}" if len(turns) > 1 else str(number)
@@ -188,7 +175,7 @@ def judged_problems(records, *, seed=0, faults=None):
     add = {"pairs": _add_pairs, "ranking": _add_ranking, "labels": _add_labelled, "solutions": _add_solutions}[kind]
     problems = {}
     for number, where, record in located(records):
-        with _located(where, faults):
+        with naming(where, faults):
             if _judged_kind(record, where) != kind:
                 raise ValueError(f"{where}: expected {JUDGED[kind]} as in record 1 (keys: {keys_of(record)})")
             prompt = preference_of(record, where)[0] if kind == "pairs" else prompt_of(record, where)
@@ -358,7 +345,7 @@ def verifier_examples(
     options = dict(use_chat_template=use_chat_template, system_prompt=system_prompt)
     kept = []
     for problem in problems:
-        with _located(problem.where):
+        with naming(problem.where):
             prompt_ids = encode_prompt(tokenizer, problem.prompt, **options)
         pairs = problem.all_pairs() if loss == "pairwise" else []
         report.duplicates += problem.duplicates

@@ -11,6 +11,7 @@ A prompt is text, or a list of chat messages {"role", "content"}. Plain Python: 
 import io
 import json
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 SCHEMAS = (("instruction", "output"), ("query", "response"), ("question", "answer"), ("prompt", "completion"))
@@ -58,6 +59,18 @@ def read_records(file, faults=None):
     if not records and not faults:
         _fault(faults, f"{file} holds no records")
     return records
+
+
+@contextmanager
+def naming(where, faults=None):
+    """Puts `where` before the message of a ValueError; with a list of faults, the message goes there instead."""
+    try:
+        yield
+    except ValueError as e:
+        message = str(e) if str(e).startswith(where) else f"{where}: {e}"
+        if faults is None:
+            raise ValueError(message) from e
+        faults.append(message)
 
 
 def _fault(faults, error):

@@ -226,7 +226,7 @@ def write(paths: list[str], out: str) -> str:
         runs=runs, curves=svgs, scored=scored, lines=[line for line in lines if any(line[2])], samples=before_and_after(runs), number=number,
         duration=duration, headlines=headlines, wall_seconds=wall_seconds, phases=seconds_by_phase, colours=COLOURS,
         memory=memory, settings=table(runs, "settings"), environments=table(runs, "environment"),
-        drawn_samples=[(run, [record for record in run.of("samples")][:: max(1, len(run.of("samples")) - 1)]) for run in runs if run.of("samples")])
+        drawn_samples=[(run, run.of("samples")[:: max(1, len(run.of("samples")) - 1)]) for run in runs if run.of("samples")])
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     with open(out, "w", encoding="utf-8") as file:
         file.write(page)

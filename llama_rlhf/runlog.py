@@ -193,10 +193,12 @@ class PeakMemory:
 
     Make it before the models are loaded, start it when they are: reading files in passing is then not counted. Bytes of device memory on
     CUDA; on a CPU of resident memory without mapped files, which are the code of libraries.
+    trains: an optimizer will be made; what its first use imports (a second) is no part of the run's memory.
     """
 
-    def __init__(self):
-        torch.optim.AdamW([torch.zeros(1, requires_grad=True)])     # for what its first use imports
+    def __init__(self, *, trains: bool = True):
+        if trains:
+            torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
         self._base = 0 if groups.device().type == "cuda" else self._resident("RssAnon") + self._resident("RssShmem")
 
     def start(self) -> None:

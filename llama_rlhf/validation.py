@@ -9,7 +9,7 @@ import os
 import sys
 
 from llama_rlhf.data import DataReport, JudgedReport, encode_prompt, judged_problems, sft_examples, show_example, show_judged, verifier_examples
-from llama_rlhf.records import is_empty, located, prompt_of, read_records, turns_of
+from llama_rlhf.records import is_empty, located, naming, prompt_of, read_records, turns_of
 from llama_rlhf.tasks import get_task, gsm8k, source_of
 
 SHOWN = 20      # faults printed
@@ -43,10 +43,7 @@ class Validation:
         examples = sft_examples(records, self.tokenizer, max_seq_len=ANY_LENGTH, report=report, faults=self.faults, **self.options)
         self._lengths(train_file, "prompt and answer", [(e.id, len(e.tokens), e.prompt_len) for e in examples])
         prompts = self._answers(records, kind)
-        if label_file:
-            self._overlap(prompts, self._problems(kind, label_file), train_file, label_file)
-        else:
-            self.notes.append("no --label_file: not compared with test problems")
+        self._against(prompts, kind, train_file, label_file)
         if examples:
             self.text.append(f"the first example, the trained part in brackets: {show_example(examples[0], self.tokenizer)}")
         self.finish(f"{len(records)} records, {len(examples)} examples")
@@ -92,24 +89,17 @@ class Validation:
         else:
             problems = []
             for _, where, record in located(read_records(train_file, self.faults)):
-                try:
+                with naming(where, self.faults):
                     problems.append((where, prompt_of(record, where)))
-                except ValueError as error:
-                    self.faults.append(str(error))
         rows = []
         for n, (where, prompt) in enumerate(problems, 1):
-            try:
+            with naming(where, self.faults):
                 length = len(encode_prompt(self.tokenizer, prompt, **self.options))
                 rows.append((str(n), length, length))
-            except ValueError as error:
-                self.faults.append(f"{where}: {error}")
             if is_empty(prompt):
                 self.faults.append(f"{where}: the prompt is empty")
         self._lengths(train_file, "prompt", rows, max_new_tokens)
-        if label_file:
-            self._overlap({_key(prompt): where for where, prompt in problems}, self._problems(kind, label_file), train_file, label_file)
-        else:
-            self.notes.append("no --label_file: not compared with test problems")
+        self._against({_key(prompt): where for where, prompt in problems}, kind, train_file, label_file)
         if rows and not self.faults:
             first = encode_prompt(self.tokenizer, problems[0][1], **self.options)
             self.text.append(f"the first prompt:\n{self.tokenizer.decode(first, skip_special=False)}")
@@ -139,10 +129,8 @@ class Validation:
                 elif "####" in answer:
                     hashed += 1
                     if kind is gsm8k:
-                        try:
+                        with naming(where, self.faults):
                             gsm8k.read_label(answer)
-                        except ValueError as error:
-                            self.faults.append(f"{where}: {error}")
                 else:
                     bare.append(f'{where}: the answer has no line "#### number", which {hashed} others have')
                 repeated += seen.setdefault((repr(prompt), answer), where) != where
@@ -153,6 +141,13 @@ class Validation:
         if repeated:
             self.notes.append(f"{repeated} examples stand there more than once, prompt and answer alike")
         return prompts
+
+    def _against(self, prompts, kind, train_file, label_file):
+        """prompts: of the training data, {key: where}, compared with the test problems if there are any."""
+        if label_file:
+            self._overlap(prompts, self._problems(kind, label_file), train_file, label_file)
+        else:
+            self.notes.append("no --label_file: not compared with test problems")
 
     def _overlap(self, prompts, others, train_file, label_file):
         self.faults += [f"{where}: the prompt is also in the training data, {prompts[_key(prompt)]}" for where, prompt in others if _key(prompt) in prompts]

@@ -242,7 +242,7 @@ def test_sigterm_saves_and_the_same_command_continues(toy, tmp_path):
     rest = process.stdout.read()
     assert process.wait(60) == 143 and "SIGTERM: saved and left" in rest, rest
     assert any(name.startswith(("step-", "epoch-")) for name in os.listdir(tmp_path / "run"))
-    done = subprocess.run([*command, "--max_steps=-1"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, "--max_steps=-1"], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "continuing" in done.stdout and "step 800/800" in done.stdout, done.stderr
 
 

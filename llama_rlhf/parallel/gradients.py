@@ -44,8 +44,7 @@ def _sum_pieces(model, tensor_of, owned_only: bool) -> None:
         if buffers:
             flat = torch.cat([buffer.flatten() for buffer in buffers])
             all_reduce_(flat)
-            for buffer, summed in zip(buffers, flat.split([buffer.numel() for buffer in buffers])):
-                buffer.copy_(summed.view_as(buffer))
+            _copy_out(flat, buffers)
             for view, place in pending:
                 view.copy_(place)
         pending.clear()
@@ -136,8 +135,7 @@ class ReplicaSum:
     def _receive(self) -> None:
         grads, flat, work = self._travelling.pop(0)
         work.wait()
-        for grad, summed in zip(grads, flat.split([g.numel() for g in grads])):
-            grad.copy_(summed.view_as(grad))
+        _copy_out(flat, grads)
 
 
 def copy_from_replicas(tensors: list[torch.Tensor], owners: list[int]) -> None:
@@ -155,6 +153,11 @@ def _in_buffers(tensors: list[torch.Tensor], collective) -> None:
         if i + 1 == len(tensors) or sum(t.numel() for t in batch) * 4 > _FLUSH_BYTES:
             flat = torch.cat([t.flatten() for t in batch])
             collective(flat)
-            for t, received in zip(batch, flat.split([t.numel() for t in batch])):
-                t.copy_(received.view_as(t))
+            _copy_out(flat, batch)
             batch.clear()
+
+
+def _copy_out(flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:
+    """What lies side by side in `flat`, back into the tensors it was made of."""
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+        tensor.copy_(part.view_as(tensor))

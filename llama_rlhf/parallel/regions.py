@@ -25,11 +25,20 @@ traffic: Counter = Counter()      # "all_reduce" -> calls, "all_reduce_bytes" ->
 def all_reduce_(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
     """In place, over the tensor-parallel group. op: sum or max."""
     if groups.tp_size() > 1:
-        traffic["all_reduce"] += 1
-        traffic["all_reduce_bytes"] += tensor.numel() * tensor.element_size()
-        if (shared := groups.shared_memory()) is not None:
-            return shared.all_reduce_(tensor, op)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=groups.tp_group())
+        _count("all_reduce", tensor)
+        _reduce_(tensor, op)
+    return tensor
+
+
+def _count(call: str, tensor: torch.Tensor) -> None:
+    traffic[call] += 1
+    traffic[f"{call}_bytes"] += tensor.numel() * tensor.element_size()
+
+
+def _reduce_(tensor: torch.Tensor, op: str) -> torch.Tensor:
+    if (shared := groups.shared_memory()) is not None:
+        return shared.all_reduce_(tensor, op)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=groups.tp_group())
     return tensor
 
 
@@ -37,8 +46,7 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     """[...] on each rank -> [tp, ...]; the shape must be the same on all ranks."""
     if groups.tp_size() == 1:
         return tensor[None]
-    traffic["all_gather"] += 1
-    traffic["all_gather_bytes"] += tensor.numel() * tensor.element_size()
+    _count("all_gather", tensor)
     if (shared := groups.shared_memory()) is not None:
         return shared.all_gather(tensor)
     parts = [torch.empty_like(tensor) for _ in range(groups.tp_size())]
@@ -53,27 +61,24 @@ def all_gather_tokens(x: torch.Tensor, n: int) -> torch.Tensor:
 
 def reduce_scatter_tokens(x: torch.Tensor) -> torch.Tensor:
     """Partial sums [n, ...] -> this rank's rows [ceil(n / tp), ...] of their sum over ranks."""
-    size, rank = groups.tp_size(), groups.tp_rank()
-    each = -(-len(x) // size)
-    x = torch.cat([x, x.new_zeros(each * size - len(x), *x.shape[1:])]) if each * size > len(x) else x.contiguous()
-    traffic["reduce_scatter"] += 1
-    traffic["reduce_scatter_bytes"] += x.numel() * x.element_size()
-    if (shared := groups.shared_memory()) is not None:      # on a CPU nothing travels far: the sum is simply made everywhere
-        return shared.all_reduce_(x.clone(), "sum")[rank * each:(rank + 1) * each].clone()
-    if x.is_cuda:
-        own = x.new_empty(each, *x.shape[1:])
-        dist.reduce_scatter_tensor(own, x, group=groups.tp_group())
-        return own
-    x = x.clone()
-    dist.all_reduce(x, group=groups.tp_group())
-    return x[rank * each:(rank + 1) * each].clone()
+    _count("reduce_scatter", x)
+    if not x.is_cuda or groups.shared_memory() is not None:     # on a CPU nothing travels far: the sum is simply made everywhere
+        return own_tokens(_reduce_(x.clone(), "sum")).clone()
+    each = -(-len(x) // groups.tp_size())
+    own = x.new_empty(each, *x.shape[1:])
+    dist.reduce_scatter_tensor(own, _filled(x, each * groups.tp_size()).contiguous(), group=groups.tp_group())
+    return own
 
 
 def own_tokens(x: torch.Tensor) -> torch.Tensor:
     """All n rows -> this rank's [ceil(n / tp), ...]."""
     each = -(-len(x) // groups.tp_size())
-    own = x[groups.tp_rank() * each:(groups.tp_rank() + 1) * each]
-    return torch.cat([own, x.new_zeros(each - len(own), *x.shape[1:])]) if len(own) < each else own
+    return _filled(x[groups.tp_rank() * each:(groups.tp_rank() + 1) * each], each)
+
+
+def _filled(x: torch.Tensor, n: int) -> torch.Tensor:
+    """x with rows of zeros below, n in all."""
+    return torch.cat([x, x.new_zeros(n - len(x), *x.shape[1:])]) if len(x) < n else x
 
 
 class _Scatter(torch.autograd.Function):

@@ -19,7 +19,7 @@ import os
 import pkgutil
 from dataclasses import dataclass, field
 
-from llama_rlhf.records import located, read_records
+from llama_rlhf.records import located, naming, read_records
 
 NAMES = ("RULES", "RULE", "TRAIN", "TEST", "load", "score")
 
@@ -55,12 +55,8 @@ def load_file(file, problem, faults=None):
     """[problem(number, where, record)] of a file's records; its ValueErrors go to `faults` if that is a list."""
     problems = []
     for number, where, record in located(read_records(file, faults)):
-        try:
+        with naming(where, faults):
             problems.append(problem(number, where, record))
-        except ValueError as error:
-            if faults is None:
-                raise
-            faults.append(str(error))
     return problems
 
 
