@@ -46,6 +46,7 @@ def main(
     max_seq_len: int = -1,
     rollout_batch_size: int = 64,
     max_cache_gb: float = -1.0,
+    cuda_graphs: bool = False,
     use_chat_template: bool = False,
     system_prompt: str | None = None,
     kl_coef: float = -1.0,
@@ -138,6 +139,7 @@ def main(
         max_seq_len: prompt and response together; longer prompts are dropped, and counted; -1: the model's own length
         rollout_batch_size: responses generated together, per replica; fewer where memory does not allow it
         max_cache_gb: most memory for their keys and values on a rank, 10^9 bytes; -1: what there is
+        cuda_graphs: record decode steps on CUDA and replay them, one launch a step; new, and not yet run on a GPU by us
         use_chat_template: render prompts as the model's chat format does
         system_prompt: put before every prompt
         kl_coef: weight of the KL to the reference; -1: 0.05 in the reward, 0.04 in grpo's loss, 0 for dr_grpo; 0: no reference
@@ -355,7 +357,7 @@ def main(
         best = state["best"]
     reward = Reward(roles.reward, reward_model_weight, kind, rule, rule_weight, function)
     drawing = RolloutSettings(num_samples_per_prompt, temperature, max_new_tokens, min_response_tokens, bad_score, bootstrap_truncated,
-                              rollout_batch_size, max_cache_gb, seed)
+                              rollout_batch_size, max_cache_gb, cuda_graphs, seed)
     updating = UpdateSettings(inner_epochs, minibatch_size, max_batch_size, chosen(max_batch_tokens), temperature,
                               max_new_tokens, clip, clip if clip_high == -1 else clip_high, chosen(dual_clip),
                               chosen(value_clip), entropy_coef, kl_coef, chosen(target_kl), seed)

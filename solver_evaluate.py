@@ -12,6 +12,7 @@ def main(
     model_type: str = "",
     max_batch_size: int = 64,
     max_cache_gb: float = -1.0,
+    cuda_graphs: bool = False,
     max_new_tokens: int = 256,
     max_seq_len: int = -1,
     limit: int = -1,
@@ -52,6 +53,7 @@ def main(
         model_type: a preset such as llama-2-7b, needed only when the checkpoint has no config of its own
         max_batch_size: rows decoded together; fewer where memory does not allow it
         max_cache_gb: most memory for keys and values on a rank, 10^9 bytes, which bounds the rows decoded together; -1: what there is
+        cuda_graphs: record decode steps on CUDA and replay them, one launch a step; new, and not yet run on a GPU by us
         max_new_tokens: longest answer, in tokens
         max_seq_len: prompt and answer together; -1: the model's own length
         limit: only the first so many problems; -1: all; with --compare: changed problems to show, -1: 10
@@ -149,7 +151,7 @@ def main(
     written = [os.path.join(log_dir, name) for name in ("samples.jsonl", "metrics.json")]
     if groups.is_main() and os.path.exists(written[1]):
         os.remove(written[1])        # never beside the samples of another run
-    memory, config, prompts = PeakMemory(), None, []
+    memory, config, prompts = PeakMemory(trains=False), None, []
     if not samples_file:
         model = load(ckpt_dir, dtype=dtype, model_type=model_type, tokenizer=tokenizer).model
         longest = model.config.max_seq_len if max_seq_len == -1 else max_seq_len
@@ -161,7 +163,7 @@ def main(
                    f"{groups.tp_size()} tensor-parallel x {groups.dp_size()} data-parallel ranks, {model.dtype}")
         config = model.config
         memory.start()
-        rows, speed = answer(model, tokenizer, kind, problems, prompts, rule=rule, max_batch_size=max_batch_size, max_cache_gb=max_cache_gb,
+        rows, speed = answer(model, tokenizer, kind, problems, prompts, rule=rule, max_batch_size=max_batch_size, max_cache_gb=max_cache_gb, cuda_graphs=cuda_graphs,
                              max_new_tokens=max_new_tokens, max_seq_len=longest, n_samples=num_samples_per_prompt, stop=stop or (), **sampling)
         write_samples(written[0], rows)
     metrics = summarize(rows, rule)

@@ -2,9 +2,9 @@
 
     python benchmarks/kernels.py [--threads 2]
 
-Three tables, microseconds (best of several): one step's linear layers of SmolLM2-135M by F.linear and by `layers.held` weights;
+Four tables, microseconds (best of several): one step's linear layers of SmolLM2-135M by F.linear and by `layers.held` weights;
 decode attention by the fused kernel and by batched products on a cache without gaps; causal attention forward + backward by
-the fused kernel (a row at a time, in bf16 and in fp32) and as the model computes it.
+the fused kernel (a row at a time, in bf16 and in fp32) and as the model computes it; RMSNorm forward + backward by torch and as the model computes it.
 """
 
 import argparse
@@ -17,7 +17,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 import torch.nn.functional as F
 
-from llama_rlhf.models.transformer import Rows, packed_attention
+from llama_rlhf.models.attention import Rows, packed_attention
+from llama_rlhf.models.transformer import _RMSNorm
 from llama_rlhf.parallel import groups
 from llama_rlhf.parallel.layers import held, product
 
@@ -82,14 +83,19 @@ def main():
                 usual, ours = linears(dtype, batch)
                 print(f"{name} linear layers of a step, {batch:2d} rows: F.linear {usual:7.0f}, held {ours:7.0f}: {usual / ours:.2f} times as fast", flush=True)
         for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-            for batch, span in ((16, 128), (64, 128), (64, 320)):
+            for batch, span in ((1, 128), (1, 512), (1, 1024), (4, 128), (4, 512), (16, 128), (64, 128), (64, 320)):
                 fused, ours = decode_attention(dtype, batch, span)
-                print(f"{name} decode attention, {batch} rows x {span}: fused {fused:7.0f}, products {ours:7.0f}: {fused / ours:.2f}", flush=True)
+                print(f"{name} decode attention, {batch:2d} rows x {span}: fused {fused:7.0f}, products {ours:7.0f}: {fused / ours:.2f}", flush=True)
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         for lengths in ([64] * 16, [128] * 16, [180, 140, 234, 120, 110, 109], [512, 400]):
             fused, in_fp32, ours = training_attention(dtype, lengths)
             print(f"{name} attention forward and backward, {len(lengths)} rows of {min(lengths)} to {max(lengths)}: fused {fused:6.0f}, "
                   f"fused in fp32 {in_fp32:6.0f}, ours {ours:6.0f}: {min(fused, in_fp32) / ours:.2f}", flush=True)
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        x, weight, grad = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((2848, DIM), (DIM,), (2848, DIM)))
+        usual = best(lambda: F.rms_norm(x, (DIM,), weight, 1e-5).backward(grad))
+        ours = best(lambda: _RMSNorm.apply(x, weight, 1e-5).backward(grad))
+        print(f"{name} RMSNorm forward and backward, 2848 rows: torch {usual:6.0f}, ours {ours:6.0f}: {usual / ours:.2f}", flush=True)
     groups.shutdown()
 
 

@@ -115,22 +115,28 @@ def compare(ours, dump_file):
 def limits(model, n_rows, n_prompt, n_response, n_updates, lora, rate):
     """Seconds that the iteration's matrix products need on this machine: {"generate", "score", "update"}.
 
-    Per token a forward costs 2 FLOP per linear weight, a backward 4 (2 with adapters: no weight gradients). The head is counted at
-    response tokens only, where it is needed at all.
+    Per token a forward costs 2 FLOP per linear weight, a backward 4 (2 with adapters: no weight gradients). The head, and what the last
+    block does behind its attention, are counted where something is asked of a token: of response tokens, of each row's last one for its reward.
     """
-    config, dtype = model.config, model.dtype
-    shapes = [tuple(m.weight.shape) for _, m in model.named_modules() if hasattr(m, "layout") and m.weight.dim() == 2 and "mbed" not in type(m).__name__]
-    body, head = sum(a * b for a, b in shapes), model.head_weight.numel()
-    body -= head if model.output is not None else 0
+    everywhere, asked, head = linear_weights(model)
+    forward = lambda tokens, states, heads: 2 * (everywhere * tokens + asked * states + head * heads)  # noqa: E731
     tokens = n_prompt + n_response
     # actor and reference look at response tokens with the head; critic and reward model have none
-    forward = lambda heads: 2 * (body * tokens + head * heads)  # noqa: E731
-    score = (2 * forward(n_response) + 2 * forward(0)) / rate
-    factor = 2 if lora else 3
-    update = n_updates * factor * (forward(n_response) + forward(0)) / rate
-    step = decode_floor([*shapes, *([tuple(model.head_weight.shape)] if model.output is None else [])], n_rows, dtype)
-    generate = forward(n_rows) * n_prompt / max(1, tokens) / rate + step * (n_response // n_rows)
-    return {"generate": generate, "score": score, "update": update, "matmul_gflops": rate / 1e9, "decode_step": step, "config": config.n_layers}
+    policy, critic, reward = forward(tokens, n_response, n_response), forward(tokens, n_response, 0), forward(tokens, n_rows, 0)
+    score = (2 * policy + critic + reward) / rate
+    update = n_updates * (2 if lora else 3) * (policy + critic) / rate
+    shapes = [tuple(m.weight.shape) for m in model.layers.modules() if hasattr(m, "held")]
+    step = decode_floor([*shapes, tuple(model.head_weight.shape)], n_rows, model.dtype)
+    generate = forward(n_prompt, n_rows, n_rows) / rate + step * (n_response // n_rows)
+    return {"generate": generate, "score": score, "update": update, "matmul_gflops": rate / 1e9, "decode_step": step}
+
+
+def linear_weights(model):
+    """How many weights of linear layers multiply every token, how many (the last block's, behind its attention) only those of which something
+    is asked, and how many stand in the head."""
+    sizes = {name: m.weight.numel() for name, m in model.layers.named_modules() if hasattr(m, "held")}
+    asked = sum(n for name, n in sizes.items() if name.startswith(f"{len(model.layers) - 1}.") and not name.endswith("wqkv"))
+    return sum(sizes.values()) - asked, asked, model.head_weight.numel()
 
 
 def matmul_rate(dtype, n=2048):

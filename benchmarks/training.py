@@ -30,7 +30,7 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
-from ppo import matmul_rate
+from ppo import linear_weights, matmul_rate
 
 from llama_rlhf.checkpoint.shards import load_model
 from llama_rlhf.data import Judged, sft_examples
@@ -129,17 +129,15 @@ def rows_of(options, n_steps):
     return {"sft": cut(sft, options.n_rows), "reward": cut(pairs, options.n_rows // 2)}
 
 
-def limit(model_dir, what, rows, dtype, rate):
-    """Seconds that a step's matrix products need."""
-    model = load_model(model_dir, dtype=groups.default_dtype(dtype))
-    head = model.head_weight.numel()
-    body = sum(m.weight.numel() for _, m in model.named_modules() if hasattr(m, "layout") and m.weight.dim() == 2 and "mbed" not in type(m).__name__)
-    body -= head if model.output is not None else 0
+def limit(weights, what, rows, rate):
+    """Seconds that a step's matrix products need, and its tokens. weights: see linear_weights."""
     if what == "reward":
-        tokens, predicted = sum(len(row["chosen"]) + len(row["rejected"]) for row in rows), 0
+        lengths, asked = [len(row[side]) for row in rows for side in ("chosen", "rejected")], 2 * len(rows)
     else:
-        tokens, predicted = sum(len(row["tokens"]) for row in rows), sum(len(row["tokens"]) - row["prompt_len"] for row in rows)
-    return (2 if what == "lora" else 3) * 2 * (body * tokens + head * predicted) / rate, tokens
+        lengths, asked = [len(row["tokens"]) for row in rows], sum(len(row["tokens"]) - row["prompt_len"] for row in rows)
+    everywhere, where_asked, head = weights
+    products = everywhere * sum(lengths) + (where_asked + head * (what != "reward")) * asked
+    return (2 if what == "lora" else 3) * 2 * products / rate, sum(lengths)
 
 
 def compare(what, options, folder, rows):
@@ -168,7 +166,8 @@ def close(sides):
 def show(what, records, rows, options, rate):
     middle = lambda name, key: statistics.median(r[key] for r in records[name][1:])  # noqa: E731
     print(f"\n{what}, {options.dtype}: losses of the first step " + ", ".join(f"{name} {r[0]['loss']:.5f}" for name, r in records.items()))
-    least, tokens = zip(*(limit(options.model, what, step, options.dtype, rate) for step in rows[1:]))
+    weights = linear_weights(load_model(options.model, dtype=groups.default_dtype(options.dtype)))
+    least, tokens = zip(*(limit(weights, what, step, rate) for step in rows[1:]))
     rates = {name: statistics.median(n / r["seconds"] for n, r in zip(tokens, r_[1:])) for name, r_ in records.items()}
     for name in records:
         line = f"  {name:13} {middle(name, 'seconds'):6.2f} s a step  {rates[name]:6.0f} tokens/s  peak memory {middle(name, 'peak_bytes') / 1e9:.2f} GB"

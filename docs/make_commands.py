@@ -28,7 +28,7 @@ PURPOSES = {
     "Evaluation": "eval_steps eval_batch_size perplexity",
     "Saving and continuing": "save_steps keep_last resume save_rollouts replay seed",
     "Memory": "activation_checkpointing sequence_parallel keep_resident max_cache_gb plan plan_ranks",
-    "Processes and devices": "model_parallel_size device compile timeout_seconds",
+    "Processes and devices": "model_parallel_size device compile cuda_graphs timeout_seconds",
     "Seeing and checking": "log_steps tracker write_report check_steps doctor validate",
 }
 

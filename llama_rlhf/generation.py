@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from llama_rlhf.decode_graphs import DecodeGraphs, check_cuda_graphs
 from llama_rlhf.models.transformer import CausalLM, Rows
 from llama_rlhf.parallel import groups
 from llama_rlhf.parallel.layers import held, weights_held
@@ -91,7 +92,7 @@ def generate(model: CausalLM, prompts: list[list[int]], *, on_step: Callable[[in
 def steps(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, ...], max_new_tokens: int = 256, min_new_tokens: int = 0,
           max_batch_size: int = 64, max_cache_gb: float = -1.0, max_seq_len: int | None = None, n_samples: int = 1, sampling: Sampling = Sampling(),
           with_logprobs: bool = False, stop: Callable[[list[int]], bool] | None = None, statistics: Statistics | None = None,
-          request_ids: list[int] | None = None) -> Iterator[tuple[list[tuple[int, int, int, int]], list[Completion]]]:
+          request_ids: list[int] | None = None, cuda_graphs: bool = False) -> Iterator[tuple[list[tuple[int, int, int, int]], list[Completion]]]:
     """`generate`, step by step: yields the new tokens of each, as (prompt, sample, place in the response, id), and the rows it completed.
 
     max_batch_size: rows at once.  max_cache_gb: 10^9 bytes of keys and values on a rank; -1: as much as there is. Fewer rows then run at once.
@@ -99,6 +100,7 @@ def steps(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, ...]
     stop: tells from a row's new tokens whether it must end there (stop strings).
     request_ids: the prompts' keys for the random numbers (default: their places in the list); replicas that share a list of
           prompts pass the places in the whole list, so that no two draw the same numbers.
+    cuda_graphs: record decode steps and replay them; ValueError without CUDA, or with experts.
     The weights must not change before the last step, or until the iterator is closed.
     """
     max_seq_len = min(max_seq_len or model.config.max_seq_len, model.config.max_seq_len)
@@ -109,6 +111,8 @@ def steps(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, ...]
     if not prompts or max_new_tokens < 1:
         yield [], [Completion(i, s, [], False) for i in range(len(prompts)) for s in range(n_samples)]
         return
+    if cuda_graphs:
+        check_cuda_graphs(model.config, groups.device())
     groups.keep_freed_memory()
     stats = statistics or Statistics()
     began, longest = time.perf_counter(), min(max_seq_len, max(map(len, prompts)) + max_new_tokens)
@@ -116,7 +120,7 @@ def steps(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, ...]
     waiting = [(i, s) for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])) for s in range(n_samples)][::-1]
     n_slots = min(max_batch_size, len(waiting))
     make = lambda n: _Batch(model, prompts, range(len(prompts)) if request_ids is None else request_ids, n, longest, eos_ids=eos_ids, sampling=sampling,  # noqa: E731
-                            min_new_tokens=min_new_tokens, limits=(max_new_tokens, max_seq_len), with_logprobs=with_logprobs, stop=stop, statistics=stats)
+                            min_new_tokens=min_new_tokens, limits=(max_new_tokens, max_seq_len), with_logprobs=with_logprobs, stop=stop, statistics=stats, cuda_graphs=cuda_graphs)
     batch = None
     try:
         with weights_held(model, n_slots):
@@ -147,7 +151,7 @@ def steps(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, ...]
 
 def _slots_in(model: CausalLM, n_slots: int, longest: int, max_cache_gb: float) -> int:
     """Of n_slots, those whose keys and values fit max_cache_gb and, on a CPU, where nothing refuses memory in time, what is free."""
-    per_slot = 2 * model.config.n_layers * model.n_cache_heads * model.config.head_dim * model.dtype.itemsize * longest
+    per_slot = model.cache_bytes(1, longest)
     allowed = max_cache_gb * 1e9 if max_cache_gb > 0 else math.inf
     if allowed < per_slot:
         raise ValueError(f"--max_cache_gb {max_cache_gb}: one row of {longest} tokens needs {per_slot / 1e9:.2g}. Raise it, or lower --max_new_tokens.")
@@ -197,7 +201,7 @@ class _Batch:
     """The rows that are generated at once. active[b] lives in slot b of the cache."""
 
     def __init__(self, model: CausalLM, prompts, keys, n_slots: int, longest: int, *, eos_ids, sampling: Sampling, min_new_tokens: int,
-                 limits: tuple[int, int], with_logprobs: bool, stop, statistics: Statistics):
+                 limits: tuple[int, int], with_logprobs: bool, stop, statistics: Statistics, cuda_graphs: bool = False):
         self.model, self.prompts, self.keys, self.n_slots = model, prompts, keys, n_slots
         self.sampling, self.min_new_tokens, self.limits, self.with_logprobs, self.stop, self.statistics = \
             sampling, min_new_tokens, limits, with_logprobs, stop, statistics
@@ -209,6 +213,7 @@ class _Batch:
         self.current = torch.zeros(n_slots, dtype=torch.long, device=device)        # the token each row decodes next
         self.identity = torch.zeros(2, n_slots, dtype=torch.long, device=device)    # key and sample of each slot
         self.active: list[_Row] = []
+        self.forward = DecodeGraphs(self._decode, n_slots, longest) if cuda_graphs else self._decode
         if device.type == "cuda":       # now, when all ranks can still agree on less: what passes through a layer and the head
             config = model.config
             tokens = min(_PREFILL_TOKENS + longest, n_slots * longest)
@@ -233,8 +238,8 @@ class _Batch:
             new.append(_Row(i, s, len(self.prompts[i]), min(self.limits[0], self.limits[1] - len(self.prompts[i]))))
         sizes = [len(prompt) for _, prompt in packed]
         self.cache.begin_prefill([slot for slot, _ in packed], sizes)
-        hidden = self.model(torch.tensor([t for _, prompt in packed for t in prompt], device=device), Rows.packed(sizes, device), self.cache)
-        hidden = hidden[torch.tensor(sizes).cumsum(0) - 1]
+        hidden = self.model(torch.tensor([t for _, prompt in packed for t in prompt], device=device), Rows.packed(sizes, device), self.cache,
+                            at=torch.tensor(sizes, device=device).cumsum(0) - 1)
         first = len(self.active)
         source, owner = [], {}
         for n, (slot, _) in enumerate(packed):
@@ -258,14 +263,17 @@ class _Batch:
     def decode(self):
         """One token more for every active row."""
         n = len(self.active)
-        self.cache.begin_decode(self.lengths[:n], max(row.length + len(row.tokens) for row in self.active) - 1)
-        hidden = self.model(self.current[:n], Rows([1] * n, self.lengths[:n]), self.cache)
+        hidden = self.forward(n, max(row.length + len(row.tokens) for row in self.active) - 1)
         self.lengths[:n] += 1
         token, logprob = self._pick(hidden, self.active, slice(0, n))
         self.statistics.decode_steps += 1
         self.statistics.decode_rows += n
         self.statistics.slot_steps += self.n_slots
         return self._accept(0, token, logprob)
+
+    def _decode(self, n: int, longest: int) -> torch.Tensor:
+        self.cache.begin_decode(self.lengths[:n], longest)
+        return self.model(self.current[:n], Rows([1] * n, self.lengths[:n]), self.cache)
 
     def _pick(self, hidden, rows: list[_Row], here: slice):
         young = [len(row.tokens) < self.min_new_tokens for row in rows] if self.min_new_tokens else ()
@@ -296,5 +304,6 @@ class _Batch:
                 self.cache.move(last, slot, self.active[slot].length + len(self.active[slot].tokens) - 1)
                 for state in (self.lengths, self.current, self.identity):
                     state[..., slot] = state[..., last]
+            self.lengths[last] = 0
             self.active.pop()
         return new, completed

@@ -81,11 +81,12 @@ def objective(model: ValueModel, examples: list[Judged], *, loss: str, margin: f
                        zip(*((example.label, example.weight) for example in examples)))
     before, after = (index.to(device) for index in prediction_rows(lengths, prompt_lengths))
     flat = torch.tensor([token for response in responses for token in response], device=device)
-    hidden = model(flat, Rows.packed(lengths, device))
-    predictions = model.values(hidden[after])
+    teaches = lm_loss_weight and any(example.label for example in examples)
+    hidden = model(flat, Rows.packed(lengths, device), at=None if teaches else after)
+    predictions = model.values(hidden[after] if teaches else hidden)
     of_token = torch.arange(len(examples), device=device).repeat_interleave(n_tokens)       # which example each token belongs to
     losses = verifier_loss(predictions, labels[of_token], loss)
-    if lm_loss_weight and any(example.label for example in examples):
+    if teaches:
         taught = labels[of_token] == 1
         logprobs = token_logprobs(hidden[before[taught]], model.head_weight, flat[after[taught]], vocab_start=model.vocab_start)
         losses = losses.index_add(0, taught.nonzero()[:, 0], -lm_loss_weight * logprobs)

@@ -51,6 +51,7 @@ class RolloutSettings:
     bootstrap_truncated: bool = False   # a response without an end token: no score, the critic's value of its last state instead
     batch_size: int = 64                # responses generated together
     max_cache_gb: float = -1.0          # of their keys and values on a rank, 10^9 bytes; -1: what there is
+    cuda_graphs: bool = False           # see generation.steps
     seed: int = 0
 
 
@@ -237,7 +238,7 @@ def collect(roles, prompts: list[Prompt], tokenizer, reward: Reward, settings: R
     statistics, rows = Statistics(), []
     with clock("generate"), roles.using(roles.actor):
         completions = generate(roles.actor, [p.tokens for p in mine], eos_ids=tokenizer.eos_ids, max_new_tokens=settings.max_new_tokens,
-                               max_batch_size=settings.batch_size, max_cache_gb=settings.max_cache_gb, n_samples=settings.n_samples, with_logprobs=True,
+                               max_batch_size=settings.batch_size, max_cache_gb=settings.max_cache_gb, cuda_graphs=settings.cuda_graphs, n_samples=settings.n_samples, with_logprobs=True,
                                sampling=Sampling(settings.temperature, seed=(settings.seed << 24) + iteration),
                                request_ids=[p.id for p in mine], statistics=statistics)
     with clock("score"), groups.together("scoring responses by rule and function"):

@@ -227,30 +227,31 @@ class Trainer:
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """What the next step depends on besides the weights: masters (or compensation) and moments by parameter name, of this rank or, with
         `sharded`, of its share, and the counters."""
-        state = {"counters": torch.tensor([self.n_steps, self.skipped_steps, self.skipped_in_a_row, self._steps_at_scale]),
-                 "loss_scale": torch.tensor(self.loss_scale or 1.0)}
+        return {"counters": torch.tensor([self.n_steps, self.skipped_steps, self.skipped_in_a_row, self._steps_at_scale]),
+                "loss_scale": torch.tensor(self.loss_scale or 1.0)} | self._tensors_by_name()
+
+    def _tensors_by_name(self) -> dict[str, torch.Tensor]:
+        found = {}
         for name, p, master in self.own:
-            state |= {f"{name}.{key}": value for key, value in self.optimizer.state[master].items()}
+            found |= {f"{name}.{key}": value for key, value in self.optimizer.state[master].items()}
             if p in self._rest:
-                state[f"{name}.rest"] = self._rest[p]
+                found[f"{name}.rest"] = self._rest[p]
             elif master is not p:
-                state[f"{name}.master"] = master.detach()
-        return state
+                found[f"{name}.master"] = master.detach()
+        return found
 
     def load_state_tensors(self, state: dict[str, torch.Tensor]) -> None:
         """Continue from `state_tensors` of a run with the same parameters on this rank. ValueError when they differ."""
-        more = lambda p, master: ("rest",) if p in self._rest else ("master",) if master is not p else ()  # noqa: E731
-        expected = {f"{name}.{key}": p.shape for name, p, master in self.own for key in ("exp_avg", "exp_avg_sq", *more(p, master))}
-        counters = state["counters"].tolist()
-        found = {key: value.shape for key, value in state.items() if key not in ("counters", "loss_scale") and not key.endswith(".step")}
+        mine, counters = self._tensors_by_name(), state["counters"].tolist()
+        shapes = lambda tensors: {key: x.shape for key, x in tensors.items() if key not in ("counters", "loss_scale") and not key.endswith(".step")}  # noqa: E731
+        found, expected = shapes(state), shapes(mine)
         if counters[0] and found != expected:
             raise ValueError("the saved optimizer state belongs to other parameters, another dtype or precision, or another number of ranks. Resume "
                              "with the settings the run was started with, or start a new run from its weights.")
         self.n_steps, self.skipped_steps, self.skipped_in_a_row, self._steps_at_scale = (*counters, 0)[:4]
         self.loss_scale = float(state["loss_scale"]) if self.loss_scale else None
-        for name, p, master in self.own if found else ():
-            for key, target in (*self.optimizer.state[master].items(), *((key, {"master": master.detach(), "rest": self._rest.get(p)}[key]) for key in more(p, master))):
-                target.copy_(state[f"{name}.{key}"])
+        for key, target in mine.items() if found else ():
+            target.copy_(state[key])
 
     def move_state(self, device: torch.device) -> None:
         """Masters, compensation and moments to another device, between steps (see roles.Roles.using)."""
@@ -315,8 +316,8 @@ def response_logprobs(model: CausalLM, tokens: list[list[int]], prompt_lengths: 
     lengths, device = [len(row) for row in tokens], groups.device()
     flat = torch.tensor([t for row in tokens for t in row], device=device)
     states, targets = (index.to(device) for index in prediction_rows(lengths, prompt_lengths))
-    hidden = model(flat, Rows.packed(lengths, device, prompt_lengths))
-    return token_logprobs(hidden[states], model.head_weight, flat[targets], vocab_start=model.vocab_start, **options)
+    hidden = model(flat, Rows.packed(lengths, device, prompt_lengths), at=states)
+    return token_logprobs(hidden, model.head_weight, flat[targets], vocab_start=model.vocab_start, **options)
 
 
 def response_values(model: ValueModel, tokens: list[list[int]], prompt_lengths: list[int], *, after: bool = False) -> torch.Tensor:
@@ -326,12 +327,12 @@ def response_values(model: ValueModel, tokens: list[list[int]], prompt_lengths: 
     """
     lengths, device = [len(row) for row in tokens], groups.device()
     states, after_states = prediction_rows(lengths, prompt_lengths)
-    hidden = model(torch.tensor([t for row in tokens for t in row], device=device), Rows.packed(lengths, device))
-    return model.values(hidden[(after_states if after else states).to(device)])
+    at = (after_states if after else states).to(device)
+    return model.values(model(torch.tensor([t for row in tokens for t in row], device=device), Rows.packed(lengths, device), at=at))
 
 
 def final_scores(model: ValueModel, tokens: list[list[int]]) -> torch.Tensor:
     """The value of the state after the last token of each row: a reward model's score. Returns [rows] fp32."""
     lengths, device = [len(row) for row in tokens], groups.device()
-    hidden = model(torch.tensor([t for row in tokens for t in row], device=device), Rows.packed(lengths, device))
-    return model.values(hidden[torch.tensor(lengths, device=device).cumsum(0) - 1])
+    last = torch.tensor(lengths, device=device).cumsum(0) - 1
+    return model.values(model(torch.tensor([t for row in tokens for t in row], device=device), Rows.packed(lengths, device), at=last))

@@ -115,6 +115,29 @@ def test_out_of_memory_while_generating_halves_the_batch(model, monkeypatch, cap
         generate(model, PROMPTS, **options)
 
 
+def test_recorded_decode_steps_give_the_same_tokens(model, monkeypatch):
+    """Without a GPU the recording is played by computing the step again with its rounded-up rows and positions: surplus rows must harm nobody."""
+    from llama_rlhf import decode_graphs
+    lone = dict(max_new_tokens=60, n_samples=7, temperature=1.0, max_batch_size=13)
+    expected = generate(model, PROMPTS, **lone)
+    recordings = []
+
+    class Recorder:
+        def __call__(self, step):
+            recordings.append(states := step())
+            return (lambda: states.copy_(step())), states
+
+    with pytest.raises(ValueError, match="--cuda_graphs is for CUDA"):
+        generate(model, PROMPTS, cuda_graphs=True)
+    monkeypatch.setattr(decode_graphs, "Recorder", Recorder)
+    monkeypatch.setattr(decode_graphs, "_FEWEST_POSITIONS", 32)
+    monkeypatch.setattr(generation, "check_cuda_graphs", lambda *_: None)
+    generated = generate(model, PROMPTS, cuda_graphs=True, **lone)
+    assert [[r.tokens for r in row] for row in generated] == [[r.tokens for r in row] for row in expected]
+    shapes = [len(states) for states in recordings]
+    assert set(shapes) >= {2, 4, 8, 13} and 16 not in shapes and len(shapes) < 15
+
+
 def _short_of_memory(folder, limit):
     """A cache of more than `limit` slots cannot be had on rank 1."""
     make = KVCache.__init__

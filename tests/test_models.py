@@ -62,26 +62,25 @@ def test_rows_do_not_see_each_other(world_of_one, tmp_path):
     assert not torch.equal(a[:3], b[:3])
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("window,bias", [(None, False), (3, False), (None, True)])     # no family has both
 def test_every_form_of_attention_gives_the_same_values_and_gradients(world_of_one, monkeypatch, window, bias):
-    """Fused kernel or plain products, rows alone or on one grid: which one runs depends on device, dtype and lengths alone."""
-    from llama_rlhf.models import transformer
-    if window and bias:
-        pytest.skip("no family has both")
+    """Fused kernel or plain products, rows alone or on one grid, queries in one stretch or several: which one runs depends on
+    device, dtype and lengths alone."""
+    from llama_rlhf.models import attention, transformer
     torch.manual_seed(0)
     lengths = [9, 8, 9, 5, 1, 2]
     inputs = [torch.randn(sum(lengths), heads, 8, requires_grad=True) for heads in (4, 2, 2)]
     weight, slopes = torch.randn(sum(lengths), 4, 8), torch.tensor([0.5, 0.25, 0.125, 0.1])
     added = transformer.alibi_bias(slopes, 9, torch.float32) if bias else None
     results = []
-    for short in ({torch.float32: 9}, {}):
+    for longest, queries in ((9, 9), (9, 4), (0, 9)):
         for cells in (1 << 20, 1):
-            monkeypatch.setattr(transformer, "_SHORT", short)
-            monkeypatch.setattr(transformer, "_GRID_CELLS", cells)
-            rows = transformer.Rows.packed(lengths)
+            monkeypatch.setattr(attention, "_PRODUCTS_FP32", longest)
+            monkeypatch.setattr(attention, "_QUERIES", queries)
+            monkeypatch.setattr(attention, "_GRID_CELLS", cells)
+            rows = attention.Rows.packed(lengths)
             assert [grid.n_rows for grid in rows.grids] == ([3, 1, 1, 1] if cells > 1 else [1] * 6)
-            out = transformer.packed_attention(*inputs, rows, None, window, added)
+            out = attention.packed_attention(*inputs, rows, None, window, added)
             results.append([out, *torch.autograd.grad((out * weight).sum(), inputs)])
     q, k, v = inputs
     wanted, start = [], 0
@@ -137,3 +136,22 @@ def test_rotary_turns_bf16_states_by_fp32_angles():
     angle = torch.tensor([256.0, 257.0])
     assert turned.dtype == torch.bfloat16
     assert (turned[:, 0].float() - torch.stack([angle.cos(), angle.sin()], -1)).abs().max() < 2e-3     # half a bf16 unit at 1
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+def test_states_asked_for_are_those_of_a_full_pass(world_of_one, tmp_path, recompute):
+    """The last block leaves the other tokens out: values, and gradients of every weight, must not notice."""
+    from llama_rlhf.checkpoint.shards import load_model
+    from llama_rlhf.models.attention import Rows
+    make_hf(tmp_path, "llama")
+    model = load_model(str(tmp_path), trainable=True)
+    model.recompute(recompute)
+    lengths, at = [3, 7, 1, 5], torch.tensor([4, 2, 15, 9])     # rows that are not in order of length, places that are not in order
+    tokens, weight = torch.randint(0, 101, (16,)), torch.randn(4, 48)
+    results = []
+    for states in (model(tokens, Rows.packed(lengths), at=at), model(tokens, Rows.packed(lengths))[at]):
+        model.zero_grad()
+        (states * weight).sum().backward()
+        results.append([states, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) == 1 + 2 * 6 + 2      # the states; six weights a block, the embedding and the last norm
+    assert all((a - b).abs().max() < 1e-5 for a, b in zip(*results))

@@ -7,8 +7,6 @@ Families differ by switches of ModelConfig, never by name.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -18,6 +16,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from llama_rlhf.config import ModelConfig
+from llama_rlhf.models.attention import Rows, Take, packed_attention
 from llama_rlhf.models.kv_cache import KVCache
 from llama_rlhf.models.moe import MixtureOfExperts
 from llama_rlhf.parallel import groups
@@ -43,65 +42,7 @@ class Places:
     split: int | None = None
 
 
-@dataclass
-class Grid:
-    """Neighbouring rows of about one length, which attention computes together, padded on the right to the longest.
-
-    tokens: where they stand on the packed axis.  cells: [N] their places among rows x longest; None: they fill it.
-    """
-
-    n_rows: int
-    longest: int
-    tokens: slice
-    cells: torch.Tensor | None
-
-
-@dataclass
-class Rows:
-    """How the packed token axis divides into rows.
-
-    lengths: tokens of each row, in order (python ints: slicing must not wait for a device).
-    positions: [T] position of each token in its own row.
-    prompts: tokens of each row that are given at once when it is generated; None: all of them.
-    """
-
-    lengths: list[int]
-    positions: torch.Tensor
-    prompts: list[int] | None = None
-
-    @classmethod
-    def packed(cls, lengths: list[int], device=None, prompts: list[int] | None = None) -> Rows:
-        positions = torch.cat([torch.arange(n) for n in lengths]) if lengths else torch.zeros(0, dtype=torch.long)
-        return cls(list(lengths), positions.to(device or groups.device()), prompts)
-
-    def by_length(self) -> tuple[Rows, torch.Tensor | None]:
-        """The same rows, longest first, and where their tokens stood: [T] (None: the order is the same)."""
-        order = sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i])
-        if order == list(range(len(order))):
-            return self, None
-        ends = list(itertools.accumulate(self.lengths))
-        tokens = torch.cat([torch.arange(ends[i] - self.lengths[i], ends[i]) for i in order]).to(self.positions.device)
-        prompts = None if self.prompts is None else [self.prompts[i] for i in order]
-        return Rows([self.lengths[i] for i in order], self.positions[tokens], prompts), tokens
-
-    @functools.cached_property
-    def grids(self) -> list[Grid]:
-        """On a GPU all rows share a grid: one kernel launch counts more than padding. On a CPU neighbours of similar length do."""
-        device, grids, first, start = self.positions.device, [], 0, 0
-        while first < len(self.lengths):
-            longest, last = self.lengths[first], first + 1
-            while last < len(self.lengths):
-                n = self.lengths[last]
-                similar = 0.7 * longest <= n <= longest and (last + 1 - first) * longest ** 2 <= _GRID_CELLS
-                if not (similar or self.positions.is_cuda):
-                    break
-                longest, last = max(longest, n), last + 1
-            lengths = self.lengths[first:last]
-            cells = None if min(lengths) == longest else \
-                torch.cat([torch.arange(n) + i * longest for i, n in enumerate(lengths)]).to(device)
-            grids.append(Grid(len(lengths), longest, slice(start, start + sum(lengths)), cells))
-            first, start = last, start + sum(lengths)
-        return grids
+_NORM_CELLS = 600_000       # numbers that a CPU normalises at a time: their fp32 copies fit its cache
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -110,31 +51,33 @@ class _RMSNorm(torch.autograd.Function):
     With n = x / rms(x): dx = (g w - n mean(g w n)) / rms(x), dw = sum of g n over rows.
     """
 
-    ROWS = 256
-
     @staticmethod
     def forward(ctx, x, weight, eps):
-        y, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-        for start in range(0, len(x), _RMSNorm.ROWS):
-            at = slice(start, start + _RMSNorm.ROWS)
-            wide = x[at].float()
-            scale[at] = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-            y[at] = (wide * scale[at]).mul_(weight)
+        y, scale = torch.empty_like(x), torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        for at in _RMSNorm.blocks(x):
+            y[at] = (x[at] * scale[at]).mul_(weight)
         ctx.save_for_backward(x, weight, scale)
         return y
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
-        dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        for start in range(0, len(x), _RMSNorm.ROWS):
-            at = slice(start, start + _RMSNorm.ROWS)
-            n, g = x[at].float() * scale[at], grad[at].float()
+        dx, wide = torch.empty_like(x), weight.to(scale.dtype)
+        dw = torch.zeros_like(wide)
+        for at in _RMSNorm.blocks(x):
+            n, g = x[at] * scale[at], grad[at].to(scale.dtype)
+            g_n = g * n
+            mean = (g_n @ wide).div_(len(wide)).unsqueeze(-1)
             if ctx.needs_input_grad[1]:
-                dw += (g * n).flatten(0, -2).sum(0)
-            g = g * weight
-            dx[at] = g.addcmul_(n, (g * n).mean(-1, keepdim=True), value=-1).mul_(scale[at])
+                dw += g_n.flatten(0, -2).sum(0)
+            dx[at] = torch.mul(g, wide, out=g_n).addcmul_(n, mean, value=-1).mul_(scale[at])
         return dx, dw.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
+
+    @staticmethod
+    def blocks(x):
+        rows = max(1, _NORM_CELLS * len(x) // max(1, x.numel()))
+        return [slice(start, start + rows) for start in range(0, len(x), rows)]
 
 
 class RMSNorm(nn.Module):
@@ -147,7 +90,7 @@ class RMSNorm(nn.Module):
         self.partial = ("weight",) if partial else ()    # used on this rank's heads only: its gradient is a part
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() and not x.is_cuda and not torch.compiler.is_compiling():
+        if not x.is_cuda and (torch.is_grad_enabled() or x.numel() > _NORM_CELLS) and not torch.compiler.is_compiling():
             return _RMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
@@ -228,96 +171,6 @@ def alibi_bias(slopes: torch.Tensor, n: int, dtype: torch.dtype) -> torch.Tensor
     return torch.where(key <= key[:, None], (slopes[:, None, None] * key).to(dtype), -torch.inf)
 
 
-# on a CPU, rows up to this length: plain matrix products beat the fused kernel, by most in backward (benchmarks/kernels.py)
-_SHORT = {torch.bfloat16: 512, torch.float32: 160}
-_GRID_CELLS = 1 << 20       # scores per head of one grid
-
-
-class _Take(torch.autograd.Function):
-    """x[index] for an index without repetitions: backward copies, where torch would add."""
-
-    @staticmethod
-    def forward(ctx, x, index):
-        ctx.save_for_backward(index)
-        ctx.n = len(x)
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx, grad):
-        index, = ctx.saved_tensors
-        return grad.new_zeros(ctx.n, *grad.shape[1:]).index_copy_(0, index, grad), None
-
-
-class _ShortAttention(torch.autograd.Function):
-    """softmax(scale q k^T + bias) v by batched products; backward computes the probabilities again.
-
-    q: [N, G n, D] (the G queries of a kv head side by side); k, v: [N, n, D]; bias: broadcasts to [N, G n, n] -> [N, G n, D]
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, bias):
-        ctx.save_for_backward(q, k, v, bias)
-        return torch.bmm(_ShortAttention.probabilities(q, k, bias), v)
-
-    @staticmethod
-    def probabilities(q, k, bias):
-        return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(-1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, bias = ctx.saved_tensors
-        p = _ShortAttention.probabilities(q, k, bias)
-        d_v = torch.bmm(p.transpose(1, 2), grad)
-        d_p = torch.bmm(grad, v.transpose(1, 2))
-        d_scores = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype).mul_(q.shape[-1] ** -0.5)
-        return torch.bmm(d_scores, k), torch.bmm(d_scores.transpose(1, 2), q), d_v, None
-
-
-def packed_attention(q, k, v, rows: Rows, kv_of_query: torch.Tensor | None, window: int | None,
-                     bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Causal attention inside each row. q: [T, H, D]; k, v: [T, Hkv, D] -> [T, H, D].
-
-    kv_of_query: [H] index of each query's kv head when the grouping is not uniform on this rank, else None.
-    bias: [H, n, n] for the longest row's n, added to the scores; it holds the causal mask (ALiBi).
-    """
-    if kv_of_query is not None:
-        k, v = k[:, kv_of_query], v[:, kv_of_query]
-    out = [_grid_attention(q[grid.tokens], k[grid.tokens], v[grid.tokens], grid, window, bias) for grid in rows.grids]
-    return out[0] if len(out) == 1 else torch.cat(out)
-
-
-def _grid_attention(q, k, v, grid: Grid, window: int | None, bias: torch.Tensor | None) -> torch.Tensor:
-    """The same for the rows of one grid. Right padding needs no mask: causality already hides later tokens, and the padded
-    queries are dropped."""
-    n_rows, n, n_kv_heads = grid.n_rows, grid.longest, k.shape[1]
-    if grid.cells is not None:
-        q, k, v = (x.new_zeros(n_rows * n, *x.shape[1:]).index_copy(0, grid.cells, x) for x in (q, k, v))
-    q, k, v = (x.unflatten(0, (n_rows, n)).transpose(1, 2) for x in (q, k, v))                      # [rows, H, n, D]
-    windowed = window is not None and n > window
-    if q.is_cuda or n > _SHORT.get(q.dtype, 0):
-        dtype = q.dtype
-        if dtype == torch.bfloat16 and not q.is_cuda and not torch.is_inference_mode_enabled():
-            q, k, v = q.float(), k.float(), v.float()       # on a CPU the bf16 kernel's backward is the slower one (benchmarks/kernels.py)
-        mask = _window_mask(n, window, q.device) if windowed else None if bias is None else bias[:, :n, :n].to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != n_kv_heads).to(dtype)
-    else:
-        group = q.shape[1] // n_kv_heads
-        if bias is None:
-            seen = _window_mask(n, window if windowed else n, q.device)
-            mask = torch.zeros((), dtype=q.dtype).where(seen, -torch.inf).repeat(group, 1).expand(n_rows * n_kv_heads, -1, -1)
-        else:
-            mask = bias[:, :n, :n].to(q.dtype).reshape(n_kv_heads, group * n, n).repeat(n_rows, 1, 1)
-        out = _ShortAttention.apply(q.reshape(n_rows * n_kv_heads, group * n, -1), k.flatten(0, 1), v.flatten(0, 1), mask).view(q.shape)
-    out = out.transpose(1, 2).flatten(0, 1)
-    return out if grid.cells is None else _Take.apply(out, grid.cells)
-
-
-def _window_mask(n: int, window: int, device) -> torch.Tensor:
-    """[n, n] True where query i sees key j: j <= i and i - j < window (window keys, itself included)."""
-    distance = torch.arange(n, device=device)[:, None] - torch.arange(n, device=device)
-    return (distance >= 0) & (distance < window)
-
-
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, partition: Partition, lora: Lora | None, dtype: torch.dtype, layer: int):
         super().__init__()
@@ -334,11 +187,11 @@ class Attention(nn.Module):
         mapping = partition.kv_of_query(rank)
         uniform = not self.n_heads or self.n_heads % self.n_kv_heads == 0 and \
             mapping == [h // (self.n_heads // self.n_kv_heads) for h in range(self.n_heads)]
-        self.kv_of_query = None if uniform else mapping
+        self.kv_of_query, self._kv_of_query = None if uniform else mapping, None
         self.n_cache_heads = self.n_kv_heads if uniform else self.n_heads
 
-    def forward(self, x: torch.Tensor, rows: Rows, places: Places, cache: KVCache | None, layer: int) -> torch.Tensor:
-        """x: [T, dim] -> [T, dim]. With a cache: `rows` either starts at position 0 (prefill) or is one token each (decode)."""
+    def forward(self, x: torch.Tensor, rows: Rows, places: Places, cache: KVCache | None, layer: int, at: torch.Tensor | None = None) -> torch.Tensor:
+        """x: [T, dim] -> [T, dim], or of the tokens `at` only. With a cache: `rows` either starts at position 0 (prefill) or is one token each (decode)."""
         qkv = self.wqkv(x, places.split).unflatten(-1, (self.n_heads + 2 * self.n_kv_heads, self.head_dim))   # [T, H + 2 Hkv, D]
         if places.turn is None:
             q, k, v = qkv.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], 1)
@@ -351,8 +204,8 @@ class Attention(nn.Module):
         if places.query_scale is not None:
             q = q * places.query_scale
         if not self.n_heads:                # more ranks than heads: nothing to attend to, but backward must still come through here
-            return self.wo((q + k + v).flatten(1), places.split)
-        mapping = None if self.kv_of_query is None else torch.tensor(self.kv_of_query, device=x.device)
+            return self.wo(_chosen((q + k + v).flatten(1), at), places.split)
+        mapping = self._mapping(x.device)
         if cache is None:
             out = packed_attention(q, k, v, rows, mapping, self.window, places.bias)
         else:
@@ -363,7 +216,36 @@ class Attention(nn.Module):
             else:
                 cache.write(layer, k, v)
                 out = packed_attention(q, k, v, rows, mapping, self.window, places.bias)
-        return self.wo(out.flatten(1), places.split)
+        return self.wo(_chosen(out.flatten(1), at), places.split)
+
+    def _mapping(self, device: torch.device) -> torch.Tensor | None:
+        if self.kv_of_query is not None and (self._kv_of_query is None or self._kv_of_query.device != device):
+            with torch.inference_mode(False):       # training uses it too
+                self._kv_of_query = torch.tensor(self.kv_of_query, device=device)
+        return self._kv_of_query
+
+
+def _chosen(x: torch.Tensor, at: torch.Tensor | None) -> torch.Tensor:
+    return x if at is None else Take.apply(x, at)
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) * up of x = [gate, up], [T, 2 f] -> [T, f]. Only x is kept for backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        (gate, up), (d_gate, d_up) = x.chunk(2, -1), dx.chunk(2, -1)
+        torch.mul(grad, F.silu(gate), out=d_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=d_gate)
+        return dx
 
 
 class SwiGLU(nn.Module):
@@ -376,8 +258,7 @@ class SwiGLU(nn.Module):
         self.w2 = RowParallelLinear("w2", "ffn", config.dim, partition, bias=config.linear_bias, lora=lora, dtype=dtype)
 
     def forward(self, x: torch.Tensor, n_tokens: int | None = None) -> torch.Tensor:
-        gate, up = self.w13(x, n_tokens).chunk(2, -1)
-        return self.w2(F.silu(gate) * up, n_tokens)
+        return self.w2(_Gated.apply(self.w13(x, n_tokens)), n_tokens)
 
 
 class GeluMLP(nn.Module):
@@ -406,8 +287,9 @@ class Block(nn.Module):
             self.feed_forward = {"swiglu": SwiGLU, "gelu": GeluMLP}[config.mlp](config, partition, lora, dtype)
         self.recompute_mlp, self.compiled_mlp = False, None
 
-    def forward(self, x, rows, places, cache, layer):
-        x = x + self.attention(self.attention_norm(x), rows, places, cache, layer)
+    def forward(self, x, rows, places, cache, layer, at=None):
+        """at: the tokens that something is asked of behind this block: all see each other, but only these go on."""
+        x = _chosen(x, at) + self.attention(self.attention_norm(x), rows, places, cache, layer, at)
         if not torch.is_grad_enabled():
             return x + self._mlp(x, places.split)
         mlp = self.compiled_mlp or self._mlp
@@ -444,30 +326,32 @@ class Transformer(nn.Module):
         self.splits_tokens = False          # see `sequence_parallel`
         self._constants: torch.Tensor | None = None     # rotary frequencies or ALiBi slopes; never cast with the model: precision
 
-    def forward(self, tokens: torch.Tensor, rows: Rows, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, rows: Rows, cache: KVCache | None = None, at: torch.Tensor | None = None) -> torch.Tensor:
         """tokens: [T] ids of all rows, packed; rows: where each begins; cache: see kv_cache.KVCache.
+        at: [N] the places on the packed axis, without repetitions, whose states are asked for; default: all. The last block leaves the others out.
 
         Training, scoring and generating are the same function, `train()` and `eval()` change nothing: also of models that
         re-scale positions beyond their training length.
         """
-        order = None
         if cache is None:       # neighbours of similar length attend together
             rows, order = rows.by_length()
-            tokens = tokens if order is None else tokens[order]
+            if order is not None:
+                tokens, back = tokens[order], order.argsort()
+                at = back if at is None else back[at]
         places = self._places(rows, cache)
         places.split = len(tokens) if self.splits_tokens and cache is None else None
         x = self.tok_embeddings(tokens, places.split)
         if self.tok_norm is not None:
             x = self.tok_norm(x)
         for i, block in enumerate(self.layers):
+            # where tokens are divided among ranks all of them go on to the end
+            goes_on = at if i + 1 == len(self.layers) and places.split is None else None
             if self.recompute_every and i % self.recompute_every == 0 and torch.is_grad_enabled():
-                x = _recomputed(block, x, rows, places, None, i)
+                x = _recomputed(block, x, rows, places, None, i, goes_on)
             else:
-                x = block(x, rows, places, cache, i)
+                x = block(x, rows, places, cache, i, goes_on)
         x = self.norm(x)
-        if places.split is not None:
-            x = gather_same(x, places.split)
-        return x if order is None else _Take.apply(x, order.argsort())
+        return x if places.split is None else _chosen(gather_same(x, places.split), at)
 
     def recompute(self, what: str) -> None:
         """What backward computes again instead of keeping it: see `recompute_period`."""
@@ -528,6 +412,10 @@ class Transformer(nn.Module):
         """An empty key/value cache for n_slots rows of up to max_len tokens, in the model's dtype."""
         return KVCache(self.config.n_layers, n_slots, self.n_cache_heads, max_len, self.config.head_dim, dtype=self.dtype,
                        device=groups.device())
+
+    def cache_bytes(self, n_slots: int, max_len: int) -> int:
+        """Of a full `new_cache`."""
+        return 2 * self.config.n_layers * n_slots * self.n_cache_heads * max_len * self.config.head_dim * self.dtype.itemsize
 
     @property
     def n_cache_heads(self) -> int:
