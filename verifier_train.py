@@ -80,7 +80,8 @@ def main(
         loss: auto, pairwise, mse or bce; auto: mse for labels, else pairwise; labels can be compared, comparisons have no labels
         margin: by how much a better response should lead, for pairs without a "margin" of their own
         centre: weight of the squared sum of a pair's scores, which keeps scores around 0; 0.01 is usual
-        lm_loss_weight: adds the language-model loss on right solutions, times this, to mse or bce; Cobbe et al. take 1
+        lm_loss_weight: adds the language-model loss on right solutions, times this, to mse or bce; Cobbe et al. take 1. Saves then have
+            both heads; used as a reward model, or split anew, only the verifier's counts
         equal_problems: labels: every problem weighs the same, however many different responses it has
         lr: peak learning rate; -1: 1e-5 for all weights, 2e-4 for adapters
         lr_schedule: cosine, linear or constant, after the warm-up
@@ -181,8 +182,6 @@ def main(
     store.claim(save_dir)
     run = store.identity(cli.resolved, groups.default_dtype(dtype), model=ckpt_dir)
     (start,), earlier = store.find_start([save_dir], run, resume)
-    if start and lm_loss_weight:
-        raise ValueError(f"{start}: a run with --lm_loss_weight cannot be continued, its language-model head is not saved. Choose another --save_dir.")
     lora, memory = Lora(lora_rank, lora_alpha) if lora_rank > 0 else None, PeakMemory()
     model = load_model(start or ckpt_dir, verify=not start, model_class=JointModel if lm_loss_weight else ValueModel, lora=lora, dtype=groups.default_dtype(dtype),
                        model_type=model_type, seed=seed)
@@ -225,10 +224,8 @@ def main(
 
     def save(name, epoch):
         totals = [sum(column) for column in zip(*groups.gather_objects((float(judged[0]), judged[1])))]
-        output, model.output = getattr(model, "output", None), None     # a reward model has no language-model head
         save_model(model, os.path.join(save_dir, name), companions=companions, trainer=trainer, step=step, epoch=epoch, score=model.score,
                    run={"identity": run, "since": since.state(), "of_epoch": of_epoch.state(), "judged": totals})
-        model.output = output
         run_log.write(f"saved {os.path.join(save_dir, name)}")
 
     of_epoch, seen, interrupt = Average(), 0, Interrupt()

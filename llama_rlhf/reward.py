@@ -31,7 +31,8 @@ _MEASURED_RESPONSES = 1024      # whose scores give offset and scale: their mean
 
 
 class JointModel(CausalLM, ValueModel):
-    """Both heads on one decoder: a verifier that goes on predicting tokens while it learns to judge."""
+    """Both heads on one decoder: a verifier that goes on predicting tokens while it learns to judge. Its saves have both, to be continued from;
+    who loads one as a ValueModel leaves the language-model head out."""
 
 
 # ---- training

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 
 import pytest
 import torch
@@ -441,7 +442,20 @@ def test_sample_label_verifier_choose(toy, split, tmp_path):  # noqa: F811
     manifest = json.loads((tmp_path / "run/epoch-2/manifest.json").read_text())
     assert manifest["kind"] == "value_model" and manifest["score"]["form"] == "linear" and manifest["score"]["scale"] > 0
     weights = torch.load(tmp_path / "run/epoch-2/consolidated.00.pth", weights_only=True)
-    assert "value_head.weight" in weights and "output.weight" not in weights, "a reward model has one head"
+    assert "value_head.weight" in weights and "output.weight" in weights, "both heads, or the run could not be continued"
+    # the same command from its first save: the same bits
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    for name in ("epoch-1", "epoch-2"):
+        shutil.rmtree(tmp_path / "again" / name)
+    ranks = verifier(ckpt_dir=split, save_dir=tmp_path / "again", train_file=tmp_path / "samples.jsonl", held_out=0.2, epochs=2, lm_loss_weight=0.5,
+                     max_batch_size=5, accumulation_steps=2, save_steps=5)
+    assert [code for code, *_ in ranks] == [0, 0] and "continuing" in ranks[0][1], ranks
+    again = torch.load(tmp_path / "again/epoch-2/consolidated.00.pth", weights_only=True)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in weights.items())
+    from llama_rlhf.checkpoint.shards import split_checkpoint
+    split_checkpoint(str(tmp_path / "run/epoch-2"), str(tmp_path / "whole"), 1)         # a reward model has one head
+    whole = torch.load(tmp_path / "whole/consolidated.00.pth", weights_only=True)
+    assert "value_head.weight" in whole and "output.weight" not in whole
 
     for name, n, tp in (("tp", 2, 2), ("dp", 2, 1), ("one", 1, 1)):
         ranks = run_script(n, "solver_evaluate.py", samples_file=tmp_path / "samples.jsonl", verifier_ckpt_dir=tmp_path / "run", dtype="fp32",

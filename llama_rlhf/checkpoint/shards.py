@@ -28,6 +28,7 @@ from llama_rlhf.parallel.partition import Partition
 COMPANIONS = ("tokenizer.model", "tokenizer.model.v1", "tokenizer.model.v3", "tokenizer.json", "tokenizer_config.json",
               "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "qwen.tiktoken",
               "tokenizer.bytes.json", "chat_template.jinja", "generation_config.json")
+_LM_HEAD = frozenset({"output.weight", "lm_head.weight"})         # stands beside the value head where both were trained
 _STORED = ("causal_lm", "value_model")
 
 
@@ -115,7 +116,7 @@ def load_model(path: str, model_class: type[Transformer] = CausalLM, *, lora: Lo
         wanted = native_tensors(model)
         adapters = {name for name in wanted if name.endswith((".lora_a", ".lora_b"))}
         head = {"value_head.weight", "value_head.bias"} & wanted.keys()
-        ignored = frozenset() if model_class is CausalLM else frozenset({"output.weight", "lm_head.weight"})
+        ignored = frozenset() if model_class is CausalLM else _LM_HEAD
         merged = contents.lora if not lora else None
         view = NativeView(checkpoint, contents.config, native_tensors(model_class(contents.config, lora=merged)) if merged else wanted,
                           optional=adapters | head, ignored=ignored, merge_lora=merged and merged.scale)
@@ -330,7 +331,7 @@ class Rewrite:
         wanted = native_tensors(model)
         adapters = frozenset(name for name in wanted if name.endswith((".lora_a", ".lora_b")))
         self._view = NativeView(self.checkpoint, self.config, wanted, optional=adapters if adapter else frozenset(),
-                                merge_lora=lora.scale if merge_lora else None, absent=self._from_peft)
+                                ignored=_LM_HEAD if contents.has_value_head else frozenset(), merge_lora=lora.scale if merge_lora else None, absent=self._from_peft)
         if self._peft:
             self._peft.check(wanted)
         self.lora = None if merge_lora else lora
