@@ -414,7 +414,7 @@ def verifier(n=2, **flags):
     return run_script(n, "verifier_train.py", **{"dtype": "fp32", "max_seq_len": 96, "log_steps": 2, "lr": 1e-2, **flags})
 
 
-def test_sample_label_verifier_choose(toy, split, tmp_path):  # noqa: F811
+def test_sample_label_verifier_choose(world_of_one, toy, split, tmp_path):  # noqa: F811
     """The whole loop on two tensor-parallel ranks; then the cached samples again at other layouts: the same choices."""
     ranks = run_script(2, "solver_evaluate.py", ckpt_dir=split, log_dir=tmp_path / "samples", label_file=toy / "train.json", dtype="fp32",
                        num_samples_per_prompt=4, max_new_tokens=8)
