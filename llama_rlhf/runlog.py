@@ -205,7 +205,7 @@ class PeakMemory:
         if groups.device().type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
-            groups.release_freed_memory()
+            groups.release_freed_memory(always=True)
             with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
                 file.write("5")         # the kernel's mark of the peak falls to what is held now
 
