@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import platform
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,7 @@ def replicated(name: str, shape: tuple[int, ...], rows: Range | None = None, par
     return Piece(name, rows or (0, shape[0]), tuple(shape), partial=partial)
 
 
+_grouped_mm: Any = getattr(F, "grouped_mm", None)       # older torch has none
 _ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -316,8 +318,8 @@ class ParallelExperts(nn.Module):
         w2 = self.w2.view(self.n_experts, self.dim, self.width)
         if _has_grouped_mm(x, self.width):
             ends = counts.cumsum(0, dtype=torch.int32)
-            gate, up = F.grouped_mm(x, w13.mT, offs=ends).chunk(2, -1)
-            return F.grouped_mm(F.silu(gate) * up, w2.mT, offs=ends)
+            gate, up = _grouped_mm(x, w13.mT, offs=ends).chunk(2, -1)
+            return _grouped_mm(F.silu(gate) * up, w2.mT, offs=ends)
         out = []
         # unbind once: indexing inside the loop would make backward build one full-size gradient per expert
         for rows, expert13, expert2 in zip(x.split(counts.tolist()), w13.unbind(), w2.unbind()):
@@ -330,7 +332,7 @@ class ParallelExperts(nn.Module):
 def _has_grouped_mm(x: torch.Tensor, width: int) -> bool:
     """Whether one kernel can multiply all experts: bf16 on Hopper or later, rows of 16 bytes."""
     return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0 and width % 8 == 0 and width > 0 \
-        and hasattr(F, "grouped_mm") and torch.cuda.get_device_capability(x.device) >= (9, 0)
+        and _grouped_mm is not None and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 class VocabParallelEmbedding(nn.Module):
