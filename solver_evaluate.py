@@ -143,7 +143,7 @@ def main(
             tokenizer = load_tokenizer(tokenizer_file or ckpt_dir, chat_format=chat_format)
             if verifier_ckpt_dir and temperature == 0:
                 raise ValueError("--temperature 0 gives equal answers, among which there is nothing to choose")
-        sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+        sampling: dict = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
         if verifier_ckpt_dir:
             check_reward_model(verifier_ckpt_dir)
             verifier_tokenizer = load_tokenizer(verifier_ckpt_dir, chat_format=chat_format)
