@@ -221,8 +221,8 @@ def main(
         return
     groups.initialize(model_parallel_size, timeout_seconds=timeout_seconds, device=device)
     critic_given = critic_ckpt_dir
-    actor_ckpt_dir, reward_model_ckpt_dir = store.resolve(actor_ckpt_dir), store.resolve(reward_model_ckpt_dir)
     with groups.together("checking the arguments and the data"):
+        actor_ckpt_dir, reward_model_ckpt_dir = store.find(actor_ckpt_dir), reward_model_ckpt_dir and store.find(reward_model_ckpt_dir)
         if num_samples_per_prompt == -1:
             num_samples_per_prompt = 4 if algorithm in ("grpo", "dr_grpo", "rloo") else 1
         if rule_weight == -1:
@@ -256,7 +256,7 @@ def main(
         minibatch_size = min(max_buffer_size, max(max_batch_size, max_buffer_size // 4)) if minibatch_size == -1 else minibatch_size
         if not 1 <= minibatch_size <= max_buffer_size:
             raise ValueError(f"--minibatch_size {minibatch_size} must be between 1 and --max_buffer_size {max_buffer_size}")
-        critic_ckpt_dir = store.resolve(critic_given) if critic_given else (reward_model_ckpt_dir or actor_ckpt_dir) if row.uses_critic else ""
+        critic_ckpt_dir = store.find(critic_given) if critic_given else (reward_model_ckpt_dir or actor_ckpt_dir) if row.uses_critic else ""
         if critic_save_dir and not row.uses_critic:
             raise ValueError(f"{algorithm} has no critic: leave --critic_save_dir out, or use --algorithm ppo")
         critic_save_dir = critic_save_dir or os.path.join(actor_save_dir, "critic")

@@ -114,17 +114,16 @@ def main(
     from llama_rlhf.reward import check_reward_model
     from llama_rlhf.plan import plan_evaluation
     from llama_rlhf.runlog import PeakMemory, environment
+    from llama_rlhf.sampling import Sampling
     from llama_rlhf.tasks import choose_rule, get_task, source_of
     from llama_rlhf.tokenizer import check_vocabulary, load_tokenizer
 
     groups.initialize(model_parallel_size, timeout_seconds=timeout_seconds, device=device)
-    ckpt_dir, verifier_ckpt_dir = (path and store.resolve(path) for path in (ckpt_dir, verifier_ckpt_dir))
-    home = ckpt_dir or verifier_ckpt_dir
-    log_dir = log_dir or os.path.join(home if os.path.isdir(home) else os.path.dirname(home), "evaluate-" + re.sub(r"[^\w.-]+", "-", task))
     prompt_options = dict(use_chat_template=use_chat_template, system_prompt=system_prompt)
-    if temperature < 0:
+    if temperature == -1:
         temperature = 0.0 if num_samples_per_prompt == 1 else 0.7
     with groups.together("reading the problems"):
+        ckpt_dir, verifier_ckpt_dir = (path and store.find(path) for path in (ckpt_dir, verifier_ckpt_dir))
         kind = get_task(task)
         rule = choose_rule(kind, rule)
         if limit == 0 or limit < -1:
@@ -144,9 +143,12 @@ def main(
             if verifier_ckpt_dir and temperature == 0:
                 raise ValueError("--temperature 0 gives equal answers, among which there is nothing to choose")
         sampling: dict = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+        Sampling(**sampling)        # refuses what cannot be sampled from
         if verifier_ckpt_dir:
             check_reward_model(verifier_ckpt_dir)
             verifier_tokenizer = load_tokenizer(verifier_ckpt_dir, chat_format=chat_format)
+    home = ckpt_dir or verifier_ckpt_dir
+    log_dir = log_dir or os.path.join(home if os.path.isdir(home) else os.path.dirname(home), "evaluate-" + re.sub(r"[^\w.-]+", "-", task))
     store.check_writable(log_dir)
     written = [os.path.join(log_dir, name) for name in ("samples.jsonl", "metrics.json")]
     if groups.is_main() and os.path.exists(written[1]):

@@ -137,8 +137,8 @@ def main(
         plan_training(cli.resolved).show()
         return
     groups.initialize(model_parallel_size, timeout_seconds=timeout_seconds, device=device)
-    ckpt_dir = store.resolve(ckpt_dir)
     with groups.together("checking the arguments and the data"):
+        ckpt_dir = store.find(ckpt_dir)
         if lora_rank == 0 or lora_rank < -1:
             raise ValueError(f"--lora_rank {lora_rank}: use -1 to train all weights, or a rank such as 16")
         if max_batch_size == -1 and max_batch_tokens > 0:

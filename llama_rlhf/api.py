@@ -56,7 +56,8 @@ def load(ckpt_dir: str, *, dtype: str = "auto", device: str = "auto", model_type
     """
     if not dist.is_initialized():
         groups.initialize(model_parallel_size, device=device)
-    path = store.resolve(ckpt_dir)
+    with groups.together(f"looking for {ckpt_dir}"):
+        path = store.find(ckpt_dir)
     tokenizer = tokenizer or load_tokenizer(tokenizer_file or path, chat_format=chat_format)
     model = load_model(path, dtype=groups.default_dtype(dtype), model_type=model_type)
     check_vocabulary(tokenizer, model, path)

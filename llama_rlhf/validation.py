@@ -22,11 +22,11 @@ class Validation:
     def __init__(self, ckpt_dir, *, tokenizer_file="", chat_format=None, model_type="", max_seq_len=-1, **prompt_options):
         from llama_rlhf.checkpoint.formats import open_checkpoint
         from llama_rlhf.checkpoint.shards import inspect
-        from llama_rlhf.checkpoint.store import resolve
+        from llama_rlhf.checkpoint.store import find
         from llama_rlhf.tokenizer import load_tokenizer
 
         self.faults, self.notes, self.text = [], [], []
-        ckpt_dir = resolve(ckpt_dir)
+        ckpt_dir = find(ckpt_dir)
         self.tokenizer, self.options = load_tokenizer(tokenizer_file or ckpt_dir, chat_format=chat_format), prompt_options
         with open_checkpoint(ckpt_dir) as checkpoint:
             longest = inspect(checkpoint, model_type).config.max_seq_len

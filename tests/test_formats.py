@@ -851,3 +851,20 @@ def test_real_smollm2_file_round_trips_and_splits_digits(tmp_path):
         assert checkpoint.infos["token_embd.weight"].shape == (49152, 576)
         assert checkpoint.read("blk.0.attn_k.weight", 0, 64, 128).shape == (64, 576)
         assert checkpoint.config["llama.attention.head_count_kv"] == 3
+
+
+def test_a_path_without_a_model_is_refused_before_its_tokenizer_is_missed(tmp_path):
+    """A wrong --ckpt_dir used to end in "tokenizer path does not exist", or in sentencepiece's complaint about a text file."""
+    from llama_rlhf.checkpoint import store
+    (tmp_path / "notes.txt").write_text("text")
+    (tmp_path / "empty").mkdir()
+    for path, said in ((tmp_path / "gone", "gone: no such file or folder"), (tmp_path / "notes.txt", "not a checkpoint file; expected one of .safetensors"),
+                       (tmp_path / "empty", "no checkpoint in this folder"), ("", "an empty path: no such file"),
+                       ("SomeOne/Model-7B", "fetch it first: hf download SomeOne/Model-7B --local-dir Model-7B")):
+        with pytest.raises((CheckpointError, FileNotFoundError), match=said):
+            store.find(str(path))
+    with pytest.raises(FileNotFoundError) as caught:
+        store.find(str(tmp_path / "empty" / "gone"))
+    assert "hf download" not in str(caught.value)
+    save_file({"a": torch.ones(2)}, tmp_path / "empty" / "model.safetensors")
+    assert store.find(str(tmp_path / "empty")) == str(tmp_path / "empty")

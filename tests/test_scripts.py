@@ -129,7 +129,7 @@ def test_data_parallel_ranks_share_the_problems(toy, split, tmp_path):
 def test_errors_are_one_sentence_on_every_rank(toy, split, tmp_path):
     train = lambda **flags: run_script(2, "solver_train.py", **{  # noqa: E731
         "ckpt_dir": split, "save_dir": tmp_path / "never", "train_file": toy / "train.json", "max_seq_len": 96, **flags})
-    assert "no-such" in first_line(train(ckpt_dir=tmp_path / "no-such"))
+    assert "no-such: no such file or folder (looked for a checkpoint)" in first_line(train(ckpt_dir=tmp_path / "no-such"))
     assert "no-such.json" in first_line(train(train_file=tmp_path / "no-such.json"))
     bad = tmp_path / "bad.json"
     bad.write_text(json.dumps([{"instruction": "a", "output": "b"}, {"instruction": "a", "answer": "b"}]))
@@ -149,6 +149,8 @@ def test_errors_are_one_sentence_on_every_rank(toy, split, tmp_path):
         "ckpt_dir": split, "log_dir": tmp_path / "never", "label_file": toy / "test.json", **flags})
     assert "this model allows 2 to 96" in first_line(evaluate(max_seq_len=97))
     assert "--limit 0" in first_line(evaluate(limit=0))
+    for flags, said in ((dict(top_p=3), "top_p 3.0 in (0, 1]"), (dict(temperature=-3), "temperature -3.0")):      # before the model is loaded
+        assert said in first_line(evaluate(**flags))
     line = first_line(evaluate(max_seq_len=5))
     assert "record 1" in line and "max_seq_len is 5" in line
     assert "gsm8k" in first_line(evaluate(task="GSM9K"))

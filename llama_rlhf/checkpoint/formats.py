@@ -580,6 +580,13 @@ class Checkpoint:
         self.close()
 
 
+def not_there(path: str) -> str:
+    """What to say of a checkpoint's path that leads nowhere: it may be the name of a model on the hub."""
+    hub = re.fullmatch(r"[\w.-]+/([\w.-]+)", path) if not os.path.exists(os.path.dirname(path) or ".") else None
+    return (f"{path or 'an empty path'}: no such file or folder (looked for a checkpoint" + (f", from {os.getcwd()})" if path and not os.path.isabs(path) else ")")
+            + (f". If it is a model of the Hugging Face hub, fetch it first: hf download {path} --local-dir {hub[1]}" if hub else ""))
+
+
 def open_checkpoint(path) -> Checkpoint:
     """Open a checkpoint given as a folder, a *.index.json or a single file.
 
@@ -589,7 +596,7 @@ def open_checkpoint(path) -> Checkpoint:
     """
     path = os.fspath(path)
     if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such file or folder (looked for a checkpoint)")
+        raise FileNotFoundError(not_there(path))
     if os.path.isdir(path):
         with _reading(path):
             names = sorted(os.listdir(path))

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable
 
 from llama_rlhf.checkpoint.convert import FORMAT, MANIFEST, intact, read_manifest, seal as manifest_seal
-from llama_rlhf.checkpoint.formats import CheckpointError, read_json
+from llama_rlhf.checkpoint.formats import TENSOR_SUFFIXES, CheckpointError, not_there, open_checkpoint, open_file, read_json
 from llama_rlhf.parallel import groups
 
 _SAVE = re.compile(r"(?:epoch|step)-\d+")
@@ -179,6 +179,19 @@ def resolve(path: str) -> str:
         return path
     saves = complete_saves(path)
     return saves[max(saves)] if saves else path
+
+
+def find(path: str) -> str:
+    """`resolve` for a path that a user gave. FileNotFoundError or CheckpointError where there is no model: a tokenizer, which is read first, is not
+    what they miss."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(not_there(path))
+    path = resolve(path)
+    if os.path.isdir(path) and not any(name.endswith((*TENSOR_SUFFIXES, ".index.json")) for name in os.listdir(path)):
+        open_checkpoint(path).close()       # says what it looked for
+    elif os.path.isfile(path) and not path.endswith((*TENSOR_SUFFIXES, ".index.json")):
+        open_file(path).close()
+    return path
 
 
 def existing_saves(folder: str) -> list[str]:
