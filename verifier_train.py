@@ -137,6 +137,7 @@ def main(
     from llama_rlhf.reward import JointModel, choose_loss, count, count_judgements, evaluate_verifier, measure_score, objective, scored_responses, show_verifier
     from llama_rlhf.plan import plan_training, report_memory
     from llama_rlhf.runlog import Average, PeakMemory, RunLog, check_tracker, peak_memory_gb
+    from llama_rlhf.tasks import at_home
     from llama_rlhf.tokenizer import check_vocabulary, load_tokenizer
     from llama_rlhf.trainer import Trainer, check_options
 
@@ -163,6 +164,7 @@ def main(
         check_tracker(tracker)
         companions = companions_folder(tokenizer_file) or ckpt_dir
         tokenizer = load_tokenizer(tokenizer_file or ckpt_dir, chat_format=chat_format)
+        train_file, label_file = at_home(train_file), at_home(label_file)
         kind, problems = judged_problems(read_records(train_file), seed=seed)
         loss = choose_loss(loss, kind, train_file, margin=margin, centre=centre, lm_loss_weight=lm_loss_weight)
         problems, held = split_problems(problems, 0.0 if label_file else held_out, seed)

@@ -18,7 +18,7 @@ torch inside `main`. A `plan` flag among them makes required flags optional ("")
 a file; those on the command line win. The call itself goes through fire, which gets our parsed values instead of
 guessing types (left alone, fire reads a folder named 2024 as a number and `a,b` as a tuple).
 
-Exit codes: 0 done, 1 `main` failed, 2 wrong command line.
+Exit codes: 0 done, 1 `main` failed, 2 wrong command line, 130 stopped by Ctrl-C.
 """
 
 import difflib
@@ -36,6 +36,7 @@ import typing
 
 MAX_CONFIG = 1 << 16  # characters; PyYAML reads about 60,000 a second
 resolved: dict = {}  # the arguments of this run, defaults included; filled by run() before main is entered
+given: list = []  # the names of those that the command line or --config named
 
 TRUE_WORDS, FALSE_WORDS = ("true", "1", "yes"), ("false", "0", "no")
 
@@ -64,7 +65,7 @@ def run(main):
         if _rank() == 0:  # every rank sees the same command line: say it once
             for problem in e.problems:
                 print(f"error: {problem}", file=sys.stderr)
-            print(f"Run `python {_script()} --help` for the flags.", file=sys.stderr)
+            print(f"Run `{_command()} --help` for the flags.", file=sys.stderr)
         sys.exit(2)
     resolved.clear()
     resolved.update(values)
@@ -75,10 +76,18 @@ def run(main):
             print(e.code, file=sys.stderr)
             _exit(1)
         _exit(e.code or 0)
+    except KeyboardInterrupt:
+        _end_progress_lines()
+        if _rank() == 0:
+            print("stopped by Ctrl-C. Complete saves are untouched; where there are some, the same command continues from the newest.", file=sys.stderr)
+        _exit(130)
     except BaseException as e:
+        _end_progress_lines()
         if _is_user_error(e):
             rank = f"[rank {_rank()}] " if _world_size() > 1 else ""
-            said = e.strerror if isinstance(e, OSError) and e.strerror and not e.filename else str(e)
+            said = str(e)
+            if isinstance(e, OSError) and e.strerror:       # not python's "[Errno 2] No such file or directory: 'a'"
+                said = f"{e.filename}: {e.strerror}" if e.filename else e.strerror
             print(f"{rank}error: {said or type(e).__name__}", file=sys.stderr)
         elif isinstance(e, RuntimeError) and _LOST.search(str(e)):
             print(f"[rank {_rank()}] error: lost another rank: {e}\nThat rank's own output says why. Complete saves are untouched; the same command continues "
@@ -148,6 +157,7 @@ def parse(main, argv):
                 values[name] = None
                 problems.append(f"--{name} {e}")
     values = from_file | values
+    given[:] = [name for name in parameters if name in values]
     missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in values]
     if values.get("plan"):  # sizes only: nothing is read or written
         values |= dict.fromkeys(missing, "")
@@ -172,11 +182,15 @@ def read_config(path, parameters):
         return {}, [f"--config {path}: {e.strerror}"]
     except (yaml.YAMLError, ValueError, RecursionError) as e:  # a date that does not exist, a million brackets
         return {}, [f"--config {path} is not YAML: {' '.join(str(e).split())}"]
+    script = ""
     if isinstance(data, dict) and isinstance(data.get("arguments"), dict):
-        data = data["arguments"]
+        script, data = str(data.get("script", "")), data["arguments"]
     if not isinstance(data, dict):
         return {}, [f"--config {path}: expected lines of `flag: value`"]
     values, problems = {}, []
+    if script not in ("", _script()) and (others := [name for name in data if name not in parameters]):
+        problems.append(f"--config {path}: the flags of {script}, of which {_script()} does not have {', '.join(map(str, others))}")
+        data = {name: value for name, value in data.items() if name in parameters}
     for name, value in data.items():
         if name not in parameters:
             problems.append(f"--config {path}: unknown flag {name}{_nearest(str(name), parameters)}")
@@ -279,7 +293,7 @@ def help_text(main):
     required = [p for p in parameters if p.default is p.empty]
     optional = [p for p in parameters if p.default is not p.empty]
     usage = "".join(f" --{p.name} {type_name(p.annotation).upper()}" for p in required)
-    lines = [f"usage: torchrun {_script()}{usage}" + (" [flags]" if optional else "")]
+    lines = [f"usage: {_command(launcher='torchrun')}{usage}" + (" [flags]" if optional else "")]
     if summary:
         lines += ["", summary]
     rows = {p.name: (f"--{p.name}", type_name(p.annotation), _show_default(p)) for p in parameters}
@@ -329,6 +343,12 @@ def _script():
     return os.path.basename(sys.argv[0])
 
 
+def _command(launcher="python"):
+    """How the user started this: by `llama-rlhf`, which says so, as a module, or as a script."""
+    module = getattr(getattr(sys.modules.get("__main__"), "__spec__", None), "name", "")
+    return os.environ.get("LLAMA_RLHF_COMMAND") or f"{launcher} " + (f"-m {module}" if module.startswith("llama_rlhf.") else _script())
+
+
 # -- failing ----------------------------------------------------------------------------------------------------
 
 
@@ -342,6 +362,13 @@ def _is_user_error(e):
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return True
     return isinstance(e, (ValueError, FloatingPointError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError))
+
+
+def _end_progress_lines():
+    """So that what is said next stands on a line of its own."""
+    if tqdm := sys.modules.get("tqdm"):
+        for bar in list(getattr(tqdm.tqdm, "_instances", ())):
+            bar.close()
 
 
 def _exit(code):

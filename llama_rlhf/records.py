@@ -45,7 +45,8 @@ def read_records(file, faults=None):
     faults: a list to append that to instead, as far as reading can go on.
     """
     if not Path(file).is_file():
-        raise FileNotFoundError(f"data file {str(file)!r} does not exist")
+        fault = "is a folder: name a file in it" if Path(file).is_dir() else "does not exist"
+        raise FileNotFoundError(f"data file {str(file)!r} {fault}" + ("" if Path(file).is_absolute() else f" (relative paths are taken from {Path.cwd()})"))
     with open(file, "rb") as stream:
         parquet = stream.read(4) == b"PAR1"
     records = Records([], file, None if parquet else [])

@@ -10,7 +10,7 @@ import sys
 
 from llama_rlhf.data import DataReport, JudgedReport, encode_prompt, judged_problems, sft_examples, show_example, show_judged, verifier_examples
 from llama_rlhf.records import is_empty, located, naming, prompt_of, read_records, turns_of
-from llama_rlhf.tasks import get_task, gsm8k, source_of
+from llama_rlhf.tasks import at_home, get_task, gsm8k, source_of
 
 SHOWN = 20      # faults printed
 ANY_LENGTH = 1 << 62
@@ -51,7 +51,7 @@ class Validation:
     def judged(self, train_file, label_file, loss, seed):
         """Of verifier_train.py."""
         prompts = []
-        for file in filter(None, (train_file, label_file)):
+        for file in map(at_home, filter(None, (train_file, label_file))):
             records, n_faults = read_records(file, self.faults), len(self.faults)
             try:
                 kind, problems = judged_problems(records, seed=seed, faults=self.faults) if records else ("none", [])

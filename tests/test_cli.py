@@ -44,6 +44,12 @@ def main(*, ckpt_dir: str, save_dir: str, lr: float = 1e-5, lora_rank: int = -1,
         raise OSError(errno.ENOSPC, "No space left on device")
     if fail == "bug":
         raise RuntimeError("a bug")
+    if fail == "stop":
+        raise KeyboardInterrupt
+    if fail == "bar":
+        from tqdm import tqdm
+        tqdm(total=9, unit="step")
+        raise ValueError("in the middle")
     if fail == "exit":
         raise SystemExit("stopped by hand")
     if fail == "group":
@@ -201,7 +207,7 @@ def test_importing_the_package_imports_no_torch():
 
 @pytest.mark.parametrize(
     "fail, message",
-    [("value", "record 17: missing output"), ("file", "/nonexistent/file"), ("disk", "No space left on device")],
+    [("value", "record 17: missing output"), ("file", "/nonexistent/file: No such file or directory"), ("disk", "No space left on device")],
 )
 def test_user_errors_print_a_sentence_without_traceback(script, fail, message):
     result = script("--ckpt_dir=c", "--save_dir=s", "--fail", fail)
@@ -214,6 +220,24 @@ def test_bugs_keep_their_traceback(script):
     result = script("--ckpt_dir=c", "--save_dir=s", "--fail=bug")
     assert result.returncode == 1
     assert "Traceback" in result.stderr and result.stderr.rstrip().endswith("RuntimeError: a bug")
+
+
+def test_an_error_does_not_stand_at_the_end_of_a_progress_line(script):
+    result = script("--ckpt_dir=c", "--save_dir=s", "--fail=bar")
+    assert result.returncode == 1 and result.stderr.splitlines()[-1] == "error: in the middle", result.stderr
+
+
+def test_ctrl_c_is_no_traceback(script):
+    result = script("--ckpt_dir=c", "--save_dir=s", "--fail=stop")
+    assert result.returncode == 130 and result.stderr.startswith("stopped by Ctrl-C. Complete saves are untouched"), result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_hint_names_the_command_that_was_given(script):
+    assert "`python solver.py --help`" in script("--bad").stderr
+    installed = {"LLAMA_RLHF_COMMAND": "llama-rlhf solver"}         # what console.py leaves
+    assert "`llama-rlhf solver --help`" in script("--bad", **installed).stderr
+    assert script("--help", **installed).stdout.startswith("usage: llama-rlhf solver --ckpt_dir STR")
 
 
 def test_exit_with_a_message_prints_it(script):
@@ -250,5 +274,10 @@ def test_config_file_gives_flags_and_the_command_line_wins(tmp_path):
         file.write_text(text)
         with pytest.raises(cli.UsageError, match=re.escape(said)):
             cli.parse(main, ["--config", str(file), "--ckpt_dir", "x"])
+    (tmp_path / "run.json").write_text(json.dumps({"script": "solver_train.py", "arguments": {"ckpt_dir": "x", "lora_rank": 4, "zero": 1}}))
+    with pytest.raises(cli.UsageError, match="the flags of solver_train.py, of which .* does not have lora_rank, zero$"):      # one line, not one per flag
+        cli.parse(main, ["--config", str(tmp_path / "run.json")])
+    cli.parse(main, ["--lr=2", "--ckpt_dir", "x"])
+    assert cli.given == ["ckpt_dir", "lr"]
     with pytest.raises(cli.UsageError, match="No such file"):
         cli.parse(main, ["--config", "none.yaml", "--ckpt_dir", "x"])

@@ -40,9 +40,21 @@ def test_the_installed_command_knows_the_five_scripts(monkeypatch, capsys):
     assert all(f'"{module}"' in modules for module in console.SCRIPTS.values() if "." not in module)
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setenv("LLAMA_RLHF_COMMAND", "")
     for words, code, said in ((["ppo-train", "--help"], 0, "--actor_ckpt_dir"), (["solver_train.py", "--ckpt_di", "x"], 2, "did you mean --ckpt_dir?"),
-                              (["chat", "--help"], 0, "--system_prompt"), (["nonsense"], 2, "checkpoint_split, solver_train"), ([], 0, "usage: llama-rlhf")):
+                              (["chat", "--help"], 0, "--system_prompt"), (["nonsense"], 2, "checkpoint_split, solver_train"), ([], 0, "usage: llama-rlhf"),
+                              (["ppo_train", "--bad"], 2, "Run `llama-rlhf ppo_train --help`"), (["--nproc_per_node", "2", "solver_trian"], 2, "did you mean solver_train?")):
         monkeypatch.setattr("sys.argv", ["llama-rlhf", *words])
         with pytest.raises(SystemExit) as end:
             console.main()
         assert end.value.code == code and said in "".join(capsys.readouterr())
+
+
+def test_ranks_that_fail_end_the_installed_command_with_their_code_and_no_traceback(tmp_path):
+    """torchrun raises for a failed rank; its traceback of thirty lines stood below the one that mattered."""
+    import subprocess
+    import sys
+    done = subprocess.run([sys.executable, "-m", "llama_rlhf.console", "--nproc_per_node", "2", "solver_train", "--ckpt_di", "x"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": ROOT})
+    assert done.returncode == 2 and "did you mean --ckpt_dir?" in done.stderr and "ended first, with exit code 2" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and "Run `llama-rlhf solver_train --help`" in done.stderr

@@ -83,6 +83,10 @@ def test_columns_count_from_the_start_of_the_line_in_a_long_list(tmp_path):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="data file .*none.json.* does not exist"):
         read_records(tmp_path / "none.json")
+    with pytest.raises(FileNotFoundError, match="is a folder: name a file in it"):
+        read_records(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"'none.json' does not exist \(relative paths are taken from /"):
+        read_records("none.json")
 
 
 @pytest.mark.parametrize(

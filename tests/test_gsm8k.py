@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_rlhf.tasks import get_task, gsm8k
+from llama_rlhf.tasks import get_task, source_of, gsm8k
 
 # (text, rule A, rule B, rule C, rule D). Columns A to C were made by running the published regular expressions.
 EXPECTED = [
@@ -316,6 +316,18 @@ def test_get_task_finds_gsm8k_and_suggests_the_nearest_name():
     assert get_task("GSM8K") is get_task("gsm8k") is gsm8k
     with pytest.raises(ValueError, match="unknown task 'gsm8'. Known tasks: answers, gsm8k, reasoning_gym, or FILE.py .* Did you mean 'gsm8k'?"):
         get_task("gsm8")
+    with pytest.raises(ValueError, match="or FILE.py of your own.$"):       # nothing is near: no suggestion
+        get_task("foo")
+
+
+def test_our_own_problems_are_found_from_any_folder(tmp_path, monkeypatch):
+    """The default of --train_file is a path in the repository: `llama-rlhf solver_train` in an empty folder did not find it."""
+    monkeypatch.chdir(tmp_path)
+    assert len(gsm8k.load(source_of(gsm8k, "label_file", "", "TEST"))) == 200
+    assert source_of(gsm8k, "label_file", "mine.json", "TEST") == "mine.json"
+    (tmp_path / "dataset/GSM8K").mkdir(parents=True)
+    (tmp_path / "dataset/GSM8K/test.json").touch()
+    assert source_of(gsm8k, "label_file", "", "TEST") == "dataset/GSM8K/test.json", "what the user has there comes first"
 
 
 def test_importing_the_task_loads_no_torch():

@@ -105,6 +105,9 @@ def test_a_task_of_ones_own_is_one_file(toy, tmp_path):  # noqa: F811
         get_task(str(tmp_path / "half.py"))
     with pytest.raises(FileNotFoundError, match="nowhere.py: no such file"):
         get_task("nowhere.py")
+    (tmp_path / "typo.py").write_text("RULES = (1,\n")
+    with pytest.raises(ValueError, match=r"typo.py, line 1: '\(' was never closed. Python cannot read this file."):
+        get_task(str(tmp_path / "typo.py"))
 
 
 def test_a_reward_function_stands_in_a_python_file(tmp_path):

@@ -583,7 +583,7 @@ class Checkpoint:
 def not_there(path: str) -> str:
     """What to say of a checkpoint's path that leads nowhere: it may be the name of a model on the hub."""
     hub = re.fullmatch(r"[\w.-]+/([\w.-]+)", path) if not os.path.exists(os.path.dirname(path) or ".") else None
-    return (f"{path or 'an empty path'}: no such file or folder (looked for a checkpoint" + (f", from {os.getcwd()})" if path and not os.path.isabs(path) else ")")
+    return (f"{path or 'an empty path'}: no such file or folder (looked for a checkpoint" + (f"; relative paths are taken from {os.getcwd()})" if path and not os.path.isabs(path) else ")")
             + (f". If it is a model of the Hugging Face hub, fetch it first: hf download {path} --local-dir {hub[1]}" if hub else ""))
 
 

@@ -67,8 +67,8 @@ def get_task(name):
     kind, colon, rest = name.partition(":")
     known = sorted(module.name for module in pkgutil.iter_modules(__path__))
     if kind.lower() not in known:
-        nearest = difflib.get_close_matches(kind.lower(), known, n=1, cutoff=0)[0]
-        raise ValueError(f"unknown task {name!r}. Known tasks: {', '.join(known)}, or FILE.py of your own. Did you mean {nearest!r}?")
+        near = difflib.get_close_matches(kind.lower(), known, n=1, cutoff=0.5)
+        raise ValueError(f"unknown task {name!r}. Known tasks: {', '.join(known)}, or FILE.py of your own." + (f" Did you mean {near[0]!r}?" if near else ""))
     module = importlib.import_module(f"{__name__}.{kind.lower()}")
     if hasattr(module, "task"):
         return _complete(module.task(rest), f"--task {name}")
@@ -85,7 +85,10 @@ def import_file(path):
     if spec is None or spec.loader is None:
         raise ValueError(f"{path}: not a Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ValueError(f"{error.filename}, line {error.lineno}: {error.msg}. Python cannot read this file.") from error
     return module
 
 
@@ -101,7 +104,13 @@ def source_of(task, name, given, which):
     source = given or getattr(task, which)
     if not source:
         raise ValueError(f"this task has no problems of its own: give a file with --{name}")
-    return source
+    return at_home(source)
+
+
+def at_home(file):
+    """The path of a file, which one of our own, such as dataset/GSM8K/train.json, has from any folder."""
+    beside = os.path.join(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))), file)
+    return beside if file.startswith("dataset/") and not os.path.exists(file) and os.path.isfile(beside) else file
 
 
 def _complete(task, name):
