@@ -20,9 +20,9 @@ class DecodeGraphs:
     they write to their slots' next position is overwritten when a row enters there; the caller keeps that position inside the cache.
     """
 
-    def __init__(self, forward: Callable[[int, int], torch.Tensor], n_slots: int, max_len: int, record: Callable | None = None):
+    def __init__(self, forward: Callable[[int, int], torch.Tensor], n_slots: int, max_len: int):
         self._forward, self._n_slots, self._max_len = forward, n_slots, max_len
-        self._record = record or Recorder()
+        self._record = Recorder()
         self._recorded: dict[tuple[int, int], tuple[Callable, torch.Tensor]] = {}
 
     def __call__(self, n: int, longest: int) -> torch.Tensor:

@@ -304,6 +304,6 @@ class _Batch:
                 self.cache.move(last, slot, self.active[slot].length + len(self.active[slot].tokens) - 1)
                 for state in (self.lengths, self.current, self.identity):
                     state[..., slot] = state[..., last]
-            self.lengths[last] = 0
+            self.lengths[last] = 0      # what surplus rows of a recorded step write stays inside the cache
             self.active.pop()
         return new, completed
