@@ -185,12 +185,12 @@ def main(
         metrics["selection"] = select(rows, verifier.score)
         groups.log(show_selection(metrics["selection"]))
     if groups.is_main():
-        from llama_rlhf.cli import resolved
+        from llama_rlhf.cli import given, resolved
         peak = memory.n_bytes       # first: planning takes some itself
         planned = plan_evaluation(resolved, config=config or verifier.config, prompts=[len(prompt) for prompt in prompts])
         metrics["memory"] = planned.beside(peak)
         groups.log(planned.line(peak))
-        store.write_json(written[1], {**metrics, "arguments": resolved, "environment": environment()})
+        store.write_json(written[1], {**metrics, "arguments": resolved, "given": given, "environment": environment()})
     groups.log(f"written: {log_dir}/samples.jsonl and metrics.json")
     if write_report and groups.is_main():
         from llama_rlhf.report import at_the_end
