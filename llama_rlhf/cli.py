@@ -283,6 +283,12 @@ def _nearest(name, parameters):
     return f": did you mean --{near[0]}?" if near else ""
 
 
+def check_range(low, high=math.inf, **flags):
+    """ValueError that names the flags whose values lie outside; None is a flag left to its default."""
+    if wrong := [f"--{name} {value}" for name, value in flags.items() if value is not None and not low <= value <= high]:
+        raise ValueError(f"{', '.join(wrong)}: must be at least {low}" + (f" and at most {high}" if high < math.inf else ""))
+
+
 # -- help -------------------------------------------------------------------------------------------------------
 
 

@@ -281,3 +281,11 @@ def test_config_file_gives_flags_and_the_command_line_wins(tmp_path):
     assert cli.given == ["ckpt_dir", "lr"]
     with pytest.raises(cli.UsageError, match="No such file"):
         cli.parse(main, ["--config", "none.yaml", "--ckpt_dir", "x"])
+
+
+def test_a_range_names_the_flags_outside_it_and_no_others():
+    cli.check_range(1, a=1, b=5, c=None)
+    with pytest.raises(ValueError, match="^--b 0, --d -2: must be at least 1$"):
+        cli.check_range(1, a=1, b=0, c=None, d=-2)
+    with pytest.raises(ValueError, match="^--held_out 2.0: must be at least 0 and at most 1$"):
+        cli.check_range(0, 1, held_out=2.0)
