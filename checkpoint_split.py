@@ -85,14 +85,14 @@ def main(
             last = now
             groups.log(f"{done / 1e9:.1f} of {total / 1e9:.1f} GB, {done / 1e6 / (now - start):.0f} MB/s")
 
-    options = dict(model_type=model_type, progress=progress)
+    options: dict = dict(model_type=model_type, progress=progress)
     groups.initialize(device="cpu")
     try:
         if inspect:
             report.print_contents(inspect, n if n > 1 else 0, model_type)
             return
         if diff:
-            sys.exit(report.print_differences(*diff, model_type))
+            sys.exit(report.print_differences(diff[0], diff[1], model_type))
         if format == "peft":
             export_peft(ckpt_file, save_path, **options)
         else:

@@ -323,12 +323,12 @@ def main(
             raise ValueError(f"{train_file}: {len(fitting)} of {len(prompts)} prompts fit --max_seq_len {longest} with --max_new_tokens {max_new_tokens}; "
                              f"one buffer needs {n_prompts}. Lower --max_new_tokens or --max_buffer_size.")
         test_prompts = encode_problems(tokenizer, test_problems, label_file, longest, use_chat_template=use_chat_template, system_prompt=system_prompt)
-    for model in (actor, critic):
-        if model is not None:
-            model.recompute(activation_checkpointing)
-            model.sequence_parallel(sequence_parallel)
+    for trained in (actor, critic):
+        if trained is not None:
+            trained.recompute(activation_checkpointing)
+            trained.sequence_parallel(sequence_parallel)
             if compile:
-                model.compile_blocks()
+                trained.compile_blocks()
 
     per_epoch = len(fitting) // n_prompts
     iterations = per_epoch * epochs if max_iterations == -1 else min(per_epoch * epochs, max_iterations)
@@ -336,8 +336,8 @@ def main(
     warmup = critic_warmup if critic_warmup != -1 else 2 if roles.critic_is_new else 0
     warmup = 0 if critic is None or replay else min(warmup, iterations - 1)
     steps_each = inner_epochs * math.ceil(max_buffer_size / minibatch_size)
-    options = dict(schedule=lr_schedule, weight_decay=weight_decay, max_grad_norm=max_grad_norm, eps=1e-5, precision=optimizer_precision, zero=zero,
-                   skip_grad_norm_above=skip_grad_norm_above)
+    options: dict = dict(schedule=lr_schedule, weight_decay=weight_decay, max_grad_norm=max_grad_norm, eps=1e-5, precision=optimizer_precision, zero=zero,
+                         skip_grad_norm_above=skip_grad_norm_above)
 
     def trainer_of(model, lr, default, n_iterations):
         steps = n_iterations * steps_each
@@ -346,12 +346,15 @@ def main(
     actor_trainer = trainer_of(actor, actor_lr, 1e-6 if lora is None else 2e-5, iterations - warmup)
     critic_trainer = trainer_of(critic, critic_lr, 5e-6 if lora is None else 1e-4, iterations) if critic is not None else None
     kl = KLController(kl_coef, chosen(kl_target), kl_horizon)
-    moments, ema, best = RunningMoments(), Ema(), {"accuracy": -1.0, "step": -1}
+    moments, ema = RunningMoments(), Ema()
+    best: dict = {"accuracy": -1.0, "step": -1}
     if start:
         load_training_state(actor_trainer, actor_start)
         if critic_trainer is not None:
             load_training_state(critic_trainer, critic_start)
-        kl.load(state["kl"]), moments.load(state["moments"]), ema.load(state["ema"])
+        kl.load(state["kl"])
+        moments.load(state["moments"])
+        ema.load(state["ema"])
         best = state["best"]
     reward = Reward(roles.reward, reward_model_weight, kind, rule, rule_weight, function)
     drawing = RolloutSettings(num_samples_per_prompt, temperature, max_new_tokens, min_response_tokens, bad_score, bootstrap_truncated,
@@ -401,7 +404,7 @@ def main(
         order = list(range(len(fitting)))
         random.Random(f"{seed}/prompts/{iteration // per_epoch}").shuffle(order)
         first = iteration % per_epoch * n_prompts
-        if replay:
+        if replayed is not None:
             rollout, generated = replayed, None
         else:
             rollout, generated = collect(roles, [fitting[i] for i in order[first:first + n_prompts]], tokenizer, reward, drawing,
@@ -416,7 +419,7 @@ def main(
                                settings=Settings(gamma, lam, kl.coefficient, whiten_rewards), values=rollout.values,
                                bootstrap=rollout.value_after if bootstrap_truncated else None, group_ids=rollout.group_ids)
         statistics = rollout_statistics(rollout, made, k1)
-        if critic is not None:
+        if critic is not None and critic_trainer is not None:
             with clock("critic"), roles.using(critic, trainer=critic_trainer):
                 statistics |= update_critic(critic_trainer, rollout, made, updating, iteration)
         if iteration >= warmup:

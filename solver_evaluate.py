@@ -142,7 +142,7 @@ def main(
             tokenizer = load_tokenizer(tokenizer_file or ckpt_dir, chat_format=chat_format)
             if num_samples_per_prompt > 1 and temperature == 0:
                 raise ValueError(f"--temperature 0 gives {num_samples_per_prompt} equal answers to a problem: leave out --num_samples_per_prompt, or give --temperature 0.7")
-        sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+        sampling: dict = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
         Sampling(**sampling)        # refuses what cannot be sampled from
         if verifier_ckpt_dir:
             check_reward_model(verifier_ckpt_dir)

@@ -184,8 +184,8 @@ def main(
     run = store.identity(cli.resolved, groups.default_dtype(dtype), model=ckpt_dir)
     (start,), earlier = store.find_start([save_dir], run, resume)
     lora, memory = Lora(lora_rank, lora_alpha) if lora_rank > 0 else None, PeakMemory()
-    model = load_model(start or ckpt_dir, verify=not start, model_class=JointModel if lm_loss_weight else ValueModel, lora=lora, dtype=groups.default_dtype(dtype),
-                       model_type=model_type, seed=seed)
+    model: ValueModel = load_model(start or ckpt_dir, verify=not start, model_class=JointModel if lm_loss_weight else ValueModel, lora=lora,
+                                   dtype=groups.default_dtype(dtype), model_type=model_type, seed=seed)
     model.recompute(activation_checkpointing)
     model.sequence_parallel(sequence_parallel)
     if compile:
@@ -218,7 +218,8 @@ def main(
     run_log.write(f"{train_file}, {kind}, loss {loss}: {report}\nheld out, {label_file or train_file}: {held_report}\n{trainer.describe()}\n"
                   f"{groups.tp_size()} tensor-parallel x {groups.dp_size()} data-parallel ranks, {model.dtype}, {total_steps} steps\n"
                   f"first example, judged part in brackets: {show_judged(examples[0], tokenizer)}")
-    since, step, judged = Average(), 0, [0.0, 0]     # judged: rightly, in all, on this replica since the last line
+    since, step = Average(), 0
+    judged: list = [0.0, 0]     # rightly, in all, on this replica since the last line
 
     def loss_sum(indices):
         rows = [examples[i] for i in indices]

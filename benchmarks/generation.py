@@ -5,7 +5,7 @@
 DIR: a Hugging Face folder, e.g. made by checkpoint_split.py --format hf. The sides alternate (ours, theirs, theirs, ours); a ratio is
 the median over such pairs.
   decode   tokens per second while decoding alone, at 1, 16 and 64 rows of 100 tokens, every row 64 new tokens. Floor: the model's own
-           linear layers at that batch, by F.linear, nothing else.
+           linear layers at that batch, by F.linear, nothing else, timed before and after.
   job      GSM8K questions with chat template, greedy, natural stopping: wall time for all, and the part of decode rows that was useful.
   samples  8 samples of each of 32 questions, temperature 1.
   parallel ours on two tensor-parallel ranks of one thread beside one process of two threads, decoding 16 rows; calls and bytes of the
@@ -90,7 +90,7 @@ def floor(model, batch):
     weights = [m.weight for m in model.modules() if hasattr(m, "held")] + [model.head_weight]
     inputs = {w.shape[1]: torch.randn(batch, w.shape[1], dtype=w.dtype) for w in weights}
     with torch.inference_mode():
-        return min(timed(lambda: [F.linear(inputs[w.shape[1]], w) for w in weights])[0] for _ in range(8))
+        return statistics.median(timed(lambda: [F.linear(inputs[w.shape[1]], w) for w in weights])[0] for _ in range(15))
 
 
 def decode(model, peer, args):
@@ -98,18 +98,20 @@ def decode(model, peer, args):
     for batch in (1, 16, 64):
         prompts = torch.randint(100, 40000, (batch, 100), generator=generator).tolist()
         # the time of 8 tokens is taken off: prefill and preparations, on both sides
-        both = [[], []]
+        both, shares = [[], []], []
         for side, call, model_ in ((0, ours, model), (1, theirs, peer)):
             call(model_, prompts, max_new_tokens=2, batch=batch)
         for i in range(args.pairs):
             for side in ((0, 1), (1, 0))[i % 2]:
                 call, model_ = ((ours, model), (theirs, peer))[side]
+                before = floor(model, batch) if side == 0 else None
                 long, short = (timed(lambda n=n: call(model_, prompts, max_new_tokens=n, batch=batch))[0] for n in (72, 8))
                 both[side].append((long - short) / 64)
-        least = floor(model, batch)
+                if before:          # the machine's speed comes and goes: the floor is that of the moment
+                    shares.append((before + floor(model, batch)) / 2 / both[0][-1])
         rates = [batch / statistics.median(steps) for steps in both]
         print(f"decode {batch:2d} rows: ours {rates[0]:.1f} tok/s, transformers {rates[1]:.1f}: {statistics.median(b / a for a, b in zip(*both)):.2f} "
-              f"times as fast; the floor is {batch / least:.1f} tok/s: {rates[0] * least / batch:.0%} of it", flush=True)
+              f"times as fast; {statistics.median(shares):.0%} of the floor (pairs {', '.join(f'{share:.0%}' for share in shares)})", flush=True)
 
 
 def one_layout(args):

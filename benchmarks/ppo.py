@@ -7,7 +7,7 @@ exactly --new_tokens tokens (the end token never ends a row), hold actor, refere
 architecture (with --lora_rank adapters on actor and critic), and make --inner_epochs passes of updates, one optimizer step each.
 TRL takes the generator's log-probabilities as the old ones; we compute them again, a forward pass more. Iterations alternate between the sides; the first of each is not counted.
 
-The limit of a phase is the work that must be done over what this machine was measured to do in the same run: matrix products
+The limit of a phase is the work that must be done over what this machine does just before and after the iteration: matrix products
 of the forward and backward passes over the matmul rate; decoding over the time of the model's own linear layers at that batch.
 """
 
@@ -112,23 +112,35 @@ def compare(ours, dump_file):
           f"mean {(mine - theirs).abs().mean():.1e}", flush=True)
 
 
-def limits(model, n_rows, n_prompt, n_response, n_updates, lora, rate):
-    """Seconds that the iteration's matrix products need on this machine: {"generate", "score", "update"}.
+class Limit:
+    """Seconds that an iteration's matrix products need on this machine, as fast as it is at the moment."""
 
-    Per token a forward costs 2 FLOP per linear weight, a backward 4 (2 with adapters: no weight gradients). The head, and what the last
-    block does behind its attention, are counted where something is asked of a token: of response tokens, of each row's last one for its reward.
-    """
-    everywhere, asked, head = linear_weights(model)
-    forward = lambda tokens, states, heads: 2 * (everywhere * tokens + asked * states + head * heads)  # noqa: E731
-    tokens = n_prompt + n_response
-    # actor and reference look at response tokens with the head; critic and reward model have none
-    policy, critic, reward = forward(tokens, n_response, n_response), forward(tokens, n_response, 0), forward(tokens, n_rows, 0)
-    score = (2 * policy + critic + reward) / rate
-    update = n_updates * (2 if lora else 3) * (policy + critic) / rate
-    shapes = [tuple(m.weight.shape) for m in model.layers.modules() if hasattr(m, "held")]
-    step = decode_floor([*shapes, tuple(model.head_weight.shape)], n_rows, model.dtype)
-    generate = forward(n_prompt, n_rows, n_rows) / rate + step * (n_response // n_rows)
-    return {"generate": generate, "score": score, "update": update, "matmul_gflops": rate / 1e9, "decode_step": step}
+    def __init__(self, model, n_rows):
+        self.model, self.n_rows, self.weights = model, n_rows, linear_weights(model)
+        shapes = [tuple(m.weight.shape) for m in model.layers.modules() if hasattr(m, "held")] + [tuple(model.head_weight.shape)]
+        self.layers = [(torch.randn(n_rows, shape[1], dtype=model.dtype), torch.randn(shape, dtype=model.dtype)) for shape in shapes]
+
+    def speed(self):
+        """FLOP/s of matrix products, and seconds of all linear layers of a decode step, timed alone, weights not in cache."""
+        times = []
+        for _ in range(7):
+            start = time.perf_counter()
+            for x, w in self.layers:
+                F.linear(x, w)
+            times.append(time.perf_counter() - start)
+        return matmul_rate(self.model.dtype), statistics.median(times)
+
+    def seconds(self, n_prompt, n_response, n_updates, lora, rate, decode_step):
+        """{"generate", "score", "update"}. Per token a forward costs 2 FLOP per linear weight, a backward 4 (2 with adapters: no weight
+        gradients). The head, and what the last block does behind its attention, are counted where something is asked of a token: of
+        response tokens, of each row's last one for its reward."""
+        everywhere, asked, head = self.weights
+        forward = lambda tokens, states, heads: 2 * (everywhere * tokens + asked * states + head * heads)  # noqa: E731
+        tokens = n_prompt + n_response
+        # actor and reference look at response tokens with the head; critic and reward model have none
+        policy, critic, reward = forward(tokens, n_response, n_response), forward(tokens, n_response, 0), forward(tokens, self.n_rows, 0)
+        return {"generate": forward(n_prompt, self.n_rows, self.n_rows) / rate + decode_step * (n_response // self.n_rows),
+                "score": (2 * policy + critic + reward) / rate, "update": n_updates * (2 if lora else 3) * (policy + critic) / rate}
 
 
 def linear_weights(model):
@@ -139,27 +151,15 @@ def linear_weights(model):
     return sum(sizes.values()) - asked, asked, model.head_weight.numel()
 
 
-def matmul_rate(dtype, n=2048):
+def matmul_rate(dtype, n=2048, seconds=0.5):
+    """FLOP/s of products of n x n matrices, over `seconds`."""
     a, b = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype)
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
+    a @ b
+    start, done = time.perf_counter(), 0
+    while (took := time.perf_counter() - start) < seconds:
         a @ b
-        times.append(time.perf_counter() - start)
-    return 2 * n ** 3 / min(times)
-
-
-def decode_floor(shapes, n_rows, dtype):
-    """Seconds of all linear layers of one decode step, timed alone, weights not in cache."""
-    weights = [torch.randn(shape, dtype=dtype) for shape in shapes]
-    inputs = [torch.randn(n_rows, shape[1], dtype=dtype) for shape in shapes]
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for x, w in zip(inputs, weights):
-            F.linear(x, w)
-        times.append(time.perf_counter() - start)
-    return min(times)
+        done += 1
+    return 2 * n ** 3 * done / took
 
 
 def prompts_of(model, n):
@@ -195,30 +195,34 @@ def main():
         sides = {"ours": Ours(args, prompts, folder)}
         if args.peer_python:
             sides["trl"] = Peer(args, prompts_file)
-        rows, rate = {name: [] for name in sides}, 0.0
+        rows, limit = {name: [] for name in sides}, Limit(sides["ours"].roles.actor, args.n_rows)
         for i in range(args.iterations + 1):
-            rate = max(rate, matmul_rate(groups.default_dtype(args.dtype)))         # the machine's speed comes and goes
             for name in list(sides) if i % 2 == 0 else list(sides)[::-1]:
+                before = limit.speed() if name == "ours" else ()
                 record = sides[name].iteration()
+                if before:
+                    record["speed"] = [(a + b) / 2 for a, b in zip(before, limit.speed())]
                 print(f"{name:5} iteration {i}: " + "  ".join(f"{key} {value:.4g}" for key, value in record.items() if isinstance(value, (int, float))), flush=True)
                 if i:
                     rows[name].append(record)
                 elif name == "trl":
                     compare(sides["ours"], args.dump)
     first = rows["ours"][0]
-    limit = limits(sides["ours"].roles.actor, args.n_rows, first["prompt_tokens"], first["response_tokens"], args.inner_epochs, args.lora_rank > 0, rate)
+    for record in rows["ours"]:
+        record["limit"] = limit.seconds(record["prompt_tokens"], record["response_tokens"], args.inner_epochs, args.lora_rank > 0, *record["speed"])
+        record["limit"]["seconds"] = sum(record["limit"].values())
+    speed = [statistics.median(record["speed"][i] for record in rows["ours"]) for i in (0, 1)]
     print(f"\n{args.dtype}, {'all weights' if args.lora_rank < 1 else f'LoRA {args.lora_rank}'}, {args.n_rows} prompts ({first['prompt_tokens']} tokens) x "
-          f"{args.new_tokens} new tokens, {args.inner_epochs} epochs, {args.threads} threads; matmul {limit['matmul_gflops']:.0f} GFLOP/s, "
-          f"decode step {limit['decode_step'] * 1e3:.1f} ms; medians of {args.iterations}")
+          f"{args.new_tokens} new tokens, {args.inner_epochs} epochs, {args.threads} threads; matmul {speed[0] / 1e9:.0f} GFLOP/s, "
+          f"decode step {speed[1] * 1e3:.1f} ms; medians of {args.iterations}")
     print(f"{'':10}{'generate':>10}{'score':>10}{'update':>10}{'whole':>10}{'memory GB':>11}")
+    keys = ("generate", "score", "update", "seconds")
     for name, records in rows.items():
         middle = lambda key: statistics.median(r[key] for r in records)  # noqa: E731, B023
-        print(f"{name:10}" + "".join(f"{middle(key):10.2f}" for key in ("generate", "score", "update", "seconds")) + f"{middle('peak_rss_gb'):11.2f}")
-    whole = sum(limit[key] for key in ("generate", "score", "update"))
-    print(f"{'limit':10}" + "".join(f"{limit[key]:10.2f}" for key in ("generate", "score", "update")) + f"{whole:10.2f}")
-    print("ours runs at " + ", ".join(f"{limit[key] / statistics.median(r[key] for r in rows['ours']):.0%} of the limit in {key}"
-                                      for key in ("generate", "score", "update"))
-          + f", {whole / statistics.median(r['seconds'] for r in rows['ours']):.0%} of the whole")
+        print(f"{name:10}" + "".join(f"{middle(key):10.2f}" for key in keys) + f"{middle('peak_rss_gb'):11.2f}")
+    print(f"{'limit':10}" + "".join(f"{statistics.median(r['limit'][key] for r in rows['ours']):10.2f}" for key in keys))
+    share = lambda key: f"{statistics.median(r['limit'][key] / r[key] for r in rows['ours']):.0%}"  # noqa: E731
+    print("ours runs at " + ", ".join(f"{share(key)} of the limit in {key}" for key in keys[:3]) + f", {share('seconds')} of the whole")
     if "trl" in rows:
         ratios = [b["seconds"] / a["seconds"] for a, b in zip(rows["ours"], rows["trl"])]
         print(f"TRL / ours: {statistics.median(ratios):.2f} (each pair: {', '.join(f'{r:.2f}' for r in ratios)})")

@@ -163,17 +163,17 @@ def close(sides):
         side.process.wait()
 
 
-def show(what, records, rows, options, rate):
+def show(what, records, rows, options):
     middle = lambda name, key: statistics.median(r[key] for r in records[name][1:])  # noqa: E731
     print(f"\n{what}, {options.dtype}: losses of the first step " + ", ".join(f"{name} {r[0]['loss']:.5f}" for name, r in records.items()))
     weights = linear_weights(load_model(options.model, dtype=groups.default_dtype(options.dtype)))
-    least, tokens = zip(*(limit(weights, what, step, rate) for step in rows[1:]))
+    least, tokens = zip(*(limit(weights, what, step, r["rate"]) for step, r in zip(rows[1:], records["ours"][1:])))
     rates = {name: statistics.median(n / r["seconds"] for n, r in zip(tokens, r_[1:])) for name, r_ in records.items()}
     for name in records:
         line = f"  {name:13} {middle(name, 'seconds'):6.2f} s a step  {rates[name]:6.0f} tokens/s  peak memory {middle(name, 'peak_bytes') / 1e9:.2f} GB"
         if name == "ours":
-            share = statistics.median(a / r["seconds"] for a, r in zip(least, records[name][1:]))
-            line += f"  {share:.0%} of the limit ({rate / 1e9:.0f} GFLOP/s)"
+            shares = [a / r["seconds"] for a, r in zip(least, records[name][1:])]
+            line += f"  {statistics.median(shares):.0%} of the limit (steps {', '.join(f'{x:.0%}' for x in shares)}; {middle(name, 'rate') / 1e9:.0f} GFLOP/s)"
         elif name == "ours, full":
             parts = [a["seconds"] / b["seconds"] for a, b in zip(records["ours"][1:], records[name][1:])]
             line += f"  (all weights: a step with adapters takes {statistics.median(parts):.2f} of its time; steps {', '.join(f'{r:.2f}' for r in parts)})"
@@ -227,7 +227,7 @@ def main():
     if "loss" in asked:
         loss_memory(options)
     rows = rows_of(options, options.n_steps + 1)
-    rate = matmul_rate(groups.default_dtype(options.dtype))
+    rate = lambda: matmul_rate(groups.default_dtype(options.dtype))  # noqa: E731
     for what in ("full", "lora", "reward"):
         if what not in asked:
             continue
@@ -237,10 +237,12 @@ def main():
             records = {name: [] for name in sides}
             for i in range(options.n_steps + 1):
                 for name in list(sides) if i % 2 == 0 else list(sides)[::-1]:
+                    before = rate() if name == "ours" else None
                     records[name].append(sides[name].step())
-                rate = max(rate, matmul_rate(groups.default_dtype(options.dtype)))
+                    if before:      # the machine's speed comes and goes: the limit of a step is that of its moment
+                        records[name][-1]["rate"] = (before + rate()) / 2
             close(sides)
-        show(what, records, data, options, rate)
+        show(what, records, data, options)
     groups.shutdown()
 
 

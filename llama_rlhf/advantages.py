@@ -196,7 +196,7 @@ def check_algorithm(name: str, *, n_samples_per_prompt: int = 1, has_critic_ckpt
         (not 0 <= kl_coef < math.inf, f"--kl_coef {kl_coef} must be 0 or more: the KL to the reference is a cost"),
         (adaptive and row.kl_in == "loss",
          f"--kl_target adapts the KL coefficient in the reward, but {name} has its KL in the loss: use a fixed --kl_coef"),
-        (adaptive and not 0 < kl_target < math.inf, f"--kl_target {kl_target} must be more than 0 (nats per response)"),
+        (kl_target is not None and not 0 < kl_target < math.inf, f"--kl_target {kl_target} must be more than 0 (nats per response)"),
         (adaptive and not kl_coef > 0, f"--kl_target changes --kl_coef by factors, so it cannot start from {kl_coef}"),
         (adaptive and not kl_horizon > 0, f"--kl_horizon {kl_horizon} must be more than 0"),
         (row.clips and not (clip_low > 0 and clip_high > 0), f"clip ranges must be more than 0, not {clip_low} below and {clip_high} above"),

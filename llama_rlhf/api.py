@@ -23,7 +23,7 @@ from llama_rlhf.data import encode_prompt
 from llama_rlhf.models.transformer import CausalLM
 from llama_rlhf.parallel import groups
 from llama_rlhf.sampling import Sampling
-from llama_rlhf.tokenizer import check_vocabulary, load_tokenizer
+from llama_rlhf.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 
 @dataclass
@@ -31,7 +31,7 @@ class LanguageModel:
     """A policy and the tokenizer that belongs to it."""
 
     model: CausalLM
-    tokenizer: object
+    tokenizer: Tokenizer
     path: str = ""
 
 
@@ -79,7 +79,7 @@ def generate(model: LanguageModel, prompts, **options):
     Returns a Response where one prompt is given and n_samples is 1, else a list in place of each of the two.
     """
     single = isinstance(prompts, str) or len(prompts) > 0 and isinstance(prompts[0], (int, dict))
-    answers = respond(model, [prompts] if single else prompts, **options)
+    answers: list = respond(model, [prompts] if single else prompts, **options)
     if options.get("n_samples", 1) == 1:
         answers = [samples[0] for samples in answers]
     return answers[0] if single else answers

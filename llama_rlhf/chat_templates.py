@@ -31,6 +31,7 @@ def render(template, **names):
         atexit.register(process.kill)
         _worker = os.getpid(), process
     process, answer = _worker[1], b""
+    assert process.stdin is not None and process.stdout is not None
     try:
         process.stdin.write(json.dumps({"template": template, "names": names}).encode() + b"\n")
         process.stdin.flush()

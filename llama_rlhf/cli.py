@@ -113,7 +113,8 @@ def _call_through_fire(main, values):
 def parse(main, argv):
     """The keyword arguments for `main`, defaults included. Raises UsageError or HelpRequested."""
     parameters = _parameters(main)
-    values, from_file, problems = {}, {}, []
+    values: dict = {}
+    from_file, problems = {}, []
     words = list(argv)
     if any(word in ("-h", "--help") for word in words):
         raise HelpRequested

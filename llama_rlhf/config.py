@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 _LIMITS = {"n_layers": 1 << 10, "n_experts": 1 << 10, "n_heads": 1 << 12, "n_kv_heads": 1 << 12, "max_seq_len": 1 << 40}    # else 2 ** 24
-_KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict": dict, "None": type(None)}
+_KINDS: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict": dict, "None": type(None)}
 
 
 def _fits(value, kind: str) -> bool:
@@ -83,7 +83,7 @@ class ModelConfig:
         if self.rope_scaling is not None:
             kind = self.rope_scaling.get("rope_type")
             needed = {"llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-                      "linear": {"factor"}}.get(kind)
+                      "linear": {"factor"}}.get(str(kind))
             if needed is None:
                 raise ValueError(f"model config: rope_scaling type {kind!r} is not supported (known: llama3, linear)")
             if missing := needed - self.rope_scaling.keys():

@@ -152,7 +152,7 @@ def as_svg(draw, label: str, salt: str) -> str:
         draw(figure.subplots())
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     text = re.sub(r"<metadata>.*?</metadata>|(?<=<g) id=\"[^\"]*\"", "", out.getvalue(), flags=re.DOTALL).replace(INK, "currentColor")
-    box = re.search(r'viewBox="[^"]*"', text)[0]
+    box = re.findall(r'viewBox="[^"]*"', text)[0]
     return Markup(re.sub(r"^.*?<svg[^>]*>", f'<svg role="img" aria-label="{escape(label)}" {box} xmlns:xlink="http://www.w3.org/1999/xlink">', text, flags=re.DOTALL))
 
 

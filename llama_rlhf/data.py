@@ -359,7 +359,7 @@ def verifier_examples(
     report.correct = None if loss == "pairwise" else sum(sum(problem.labels) for problem, *_ in kept)
     examples = []
     for problem, prompt_ids, pairs in kept:
-        rows = [encode_response(tokenizer, prompt_ids, *response, max_seq_len) for response in problem.responses]
+        rows = [encode_response(tokenizer, prompt_ids, text, finished, max_seq_len) for text, finished in problem.responses]
         report.truncated += sum(cut for _, cut in rows)
         rows = [tokens for tokens, _ in rows]
         report.pairs += len(pairs)

@@ -121,6 +121,7 @@ def score_samples(model: ValueModel, tokenizer, rows: list[dict], **prompt_optio
                 raise ValueError(f"problem {row['id']}: the prompt has {len(ids)} tokens, the verifier takes up to {model.config.max_seq_len} in all")
             sequences.append(encode_response(tokenizer, ids, row["response"], row["finished"], model.config.max_seq_len)[0])
             prompt_lengths.append(len(ids))
+    assert model.score is not None      # see reward.check_reward_model
     # an unfinished answer without text is no answer: below all others
     some = [i for i, ids in enumerate(sequences) if len(ids) > prompt_lengths[i]]
     raw = score_together(model, [sequences[i] for i in some], [prompt_lengths[i] for i in some])

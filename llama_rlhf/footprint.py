@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -27,14 +29,18 @@ from llama_rlhf.trainer import _BUCKET, Trainer, response_logprobs, response_val
 
 KINDS = ("weights", "weight copies", "optimizer", "gradients", "activations", "logits", "KV cache")
 _PHASES = ("forward", "loss", "last block", "first block")      # of a training step, in order
+_M = TypeVar("_M", bound=Transformer)
 
 
 class _Live(TorchDispatchMode):
-    """Inside, the bytes of tensors that come and go: `now`, and the largest sum in each phase. The model's own weights are not counted."""
+    """Inside, the bytes of tensors that come and go: `now`, and the largest sum in each phase. The model's own weights are not counted.
+
+    kept: of them, what the last forward pass has left for backward.
+    """
 
     def __init__(self, model: Transformer):
         super().__init__()
-        self.now, self.phase, self.peaks = 0, "", Counter()
+        self.now, self.kept, self.phase, self.peaks = 0, 0, "", Counter()
         self._seen = {p.untyped_storage()._cdata for p in model.parameters()}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -60,7 +66,7 @@ class _Live(TorchDispatchMode):
         self.peaks[phase] = max(self.peaks[phase], self.now)
 
 
-def _model(model_class, config: ModelConfig, lora: Lora | None, dtype: torch.dtype, trainable: bool) -> Transformer:
+def _model(model_class: type[_M], config: ModelConfig, lora: Lora | None, dtype: torch.dtype, trainable: bool) -> _M:
     """As load_model makes it, without storage. Inside FakeTensorMode and groups.pretend."""
     model = model_class(config, lora=lora, dtype=dtype)
     for name, module, local, p, _ in list(walk(model)):
@@ -96,7 +102,7 @@ def passes(config: ModelConfig, rows: list[tuple[int, int]], *, model_class=Caus
         model.recompute(recompute)
         model.sequence_parallel(sequence_parallel)
         trainer = Trainer(model, lr=1.0, total_steps=1, precision=precision, zero=zero) if trains else None
-        look = response_logprobs if issubclass(model_class, CausalLM) else response_values
+        look: Callable = response_logprobs if issubclass(model_class, CausalLM) else response_values
 
         def leave(phase):       # the phase that begins when backward has come down to this output
             def hook(module, inputs, x):
@@ -125,7 +131,7 @@ def passes(config: ModelConfig, rows: list[tuple[int, int]], *, model_class=Caus
                 del result
         found = {**_weights(model), "logits": live.peaks["loss"] - before - live.kept, "activations": live.kept if trains else live.peaks["forward"],
                  **{phase: live.peaks[phase] for phase in _PHASES}}
-        if trains:
+        if trainer is not None:
             found |= {"optimizer": trainer.state_bytes, "gradients": 4 * sum(p.numel() for p in trainer.parameters)}
             largest = 4 * max(p.numel() for p in trainer.parameters)
             found["update"] = found["gradients"] + (BUCKETS_TRAVELLING * BUCKET_BYTES + largest) * (groups.dp_size() > 1) + (max(4 * _BUCKET, largest) + largest) * (precision == "kahan")

@@ -77,7 +77,7 @@ def generate(model: CausalLM, prompts: list[list[int]], *, on_step: Callable[[in
     Returns [prompt][sample] Completion. ValueError for an empty prompt or one that leaves no room for a token.
     """
     n_samples = options.get("n_samples", 1)
-    results: list[list[Completion | None]] = [[None] * n_samples for _ in prompts]
+    results: list[list] = [[None] * n_samples for _ in prompts]
     done = 0
     for _, completed in steps(model, prompts, **options):
         for completion in completed:
@@ -121,10 +121,10 @@ def steps(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, ...]
     n_slots = min(max_batch_size, len(waiting))
     make = lambda n: _Batch(model, prompts, range(len(prompts)) if request_ids is None else request_ids, n, longest, eos_ids=eos_ids, sampling=sampling,  # noqa: E731
                             min_new_tokens=min_new_tokens, limits=(max_new_tokens, max_seq_len), with_logprobs=with_logprobs, stop=stop, statistics=stats, cuda_graphs=cuda_graphs)
-    batch = None
+    batch: _Batch | None = None
     try:
         with weights_held(model, n_slots):
-            while waiting or batch.active:
+            while waiting or batch is not None and batch.active:
                 if batch is None:
                     batch = _largest(make, n_slots, _slots_in(model, n_slots, longest, max_cache_gb))
                     n_slots = stats.slots = batch.n_slots
@@ -170,7 +170,7 @@ def _largest(make: Callable[[int], _Batch], asked: int, n: int) -> _Batch:
             if not _is_out_of_memory(caught):
                 raise
             error = str(caught)
-        if not _max(batch is None):
+        if not _max(batch is None) and batch is not None:
             break
         batch = None
         _free()

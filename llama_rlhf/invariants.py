@@ -88,7 +88,7 @@ def _texts_digest(texts) -> str:
 
 def counters(trainers: dict, *, step: int, grad_norm: float | None = None, texts=()) -> Check:
     """Collective. Step, optimizer's counters and gradient norm are the same everywhere, this step's texts within a replica."""
-    values = {"step": step, "gradient norm": grad_norm} | {f"{role}'s optimizer steps": (t.n_steps, t.skipped_steps) for role, t in trainers.items()}
+    values: dict = {"step": step, "gradient norm": grad_norm} | {f"{role}'s optimizer steps": (t.n_steps, t.skipped_steps) for role, t in trainers.items()}
     values = {key: "not a number" if isinstance(v, float) and math.isnan(v) else v for key, v in values.items()}
     return _agree("step, gradient norm and data are the same on all ranks", values | {f"texts of replica {groups.dp_rank()}": _texts_digest(texts)},
                   "a rank skipped a step alone, resumed from another save, or reads other data")

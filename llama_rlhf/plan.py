@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -119,8 +119,8 @@ def _trained(f) -> dict:
     return dict(recompute=f.activation_checkpointing, sequence_parallel=f.sequence_parallel, precision=f.optimizer_precision, zero=f.zero)
 
 
-def plan_training(flags: dict, *, config: ModelConfig | None = None, rows: list[tuple[int, int]] | None = None, prompts: list[int] = (),
-                  scored: list[tuple[int, int]] = ()) -> Plan:
+def plan_training(flags: dict, *, config: ModelConfig | None = None, rows: list[tuple[int, int]] | None = None, prompts: Sequence[int] = (),
+                  scored: Sequence[tuple[int, int]] = ()) -> Plan:
     """Of solver_train and verifier_train. rows: (length, prompt length) in the largest micro-batch; prompts: lengths in the evaluation;
     scored: the rows that a verifier scores in the end."""
     with _layout(flags, config) as (f, config, options, title):
@@ -138,7 +138,7 @@ def plan_training(flags: dict, *, config: ModelConfig | None = None, rows: list[
         return Plan(f"{title}, {_shown(rows)}", {"verifier" if verifier else "solver": uses})
 
 
-def plan_evaluation(flags: dict, *, config: ModelConfig | None = None, prompts: list[int] = ()) -> Plan:
+def plan_evaluation(flags: dict, *, config: ModelConfig | None = None, prompts: Sequence[int] = ()) -> Plan:
     """Of solver_evaluate: the solver, then a verifier of the same size. prompts: their lengths."""
     with _layout(flags, config) as (f, config, options, title):
         whole = min(config.max_seq_len, f.max_seq_len if f.max_seq_len != -1 else max(prompts, default=f.max_new_tokens) + f.max_new_tokens)
@@ -150,9 +150,9 @@ def plan_evaluation(flags: dict, *, config: ModelConfig | None = None, prompts: 
         return Plan(f"{title}, {slots} rows of up to {whole} tokens decoded together", roles, in_turn=True)
 
 
-def plan_ppo(flags: dict, *, models: dict[str, Transformer] | None = None, prompts: list[int] = ()) -> Plan:
+def plan_ppo(flags: dict, *, models: dict[str, Transformer] | None = None, prompts: Sequence[int] = ()) -> Plan:
     """Of ppo_train, with the longest responses. models: role -> the loaded one; without, those that the flags ask for, alike in size."""
-    with _layout(flags, models and models["actor"].config) as (f, config, options, title):
+    with _layout(flags, models["actor"].config if models else None) as (f, config, options, title):
         algorithm = ALGORITHMS[f.algorithm]
         if models is None:
             there = {"actor": True, "reference": f.kl_coef if f.kl_coef != -1 else algorithm.kl_coef, "critic": algorithm.uses_critic,

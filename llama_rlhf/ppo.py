@@ -88,10 +88,12 @@ class Sums:
 def update_critic(trainer: Trainer, rollout: Rollout, made: Advantages, settings: UpdateSettings, iteration: int) -> dict[str, float]:
     """Collective. The critic's optimizer steps on one buffer; returns its statistics (docs/PPO.md names them)."""
     lengths, total_lengths, sums, norms = rollout.response_lengths, [len(row) for row in rollout.tokens], Sums(), []
+    old_values, returns = rollout.values, made.returns
+    assert old_values is not None and returns is not None
 
     def loss_sum(rows):
         values = response_values(trainer.model, [rollout.tokens[i] for i in rows], [rollout.prompt_lengths[i] for i in rows])
-        loss, clipped = value_loss(values, rollout.packed(rollout.values, rows), rollout.packed(made.returns, rows), clip=settings.value_clip)
+        loss, clipped = value_loss(values, rollout.packed(old_values, rows), rollout.packed(returns, rows), clip=settings.value_clip)
         sums.add(value_loss=loss.detach(), value_clipfrac=clipped)
         return loss.sum()
 
@@ -99,7 +101,7 @@ def update_critic(trainer: Trainer, rollout: Rollout, made: Advantages, settings
         for rows in minibatches(len(rollout), settings, iteration, epoch):
             norms.append(trainer.step(micro_batches(rows, total_lengths, settings), loss_sum, lambda rows: sum(lengths[i] for i in rows)))
     return {**sums.totals(("value_loss", "value_clipfrac")), **_steps("critic", norms),
-            "explained_variance": explained_variance(rollout.values, made.returns, rollout.mask)}
+            "explained_variance": explained_variance(old_values, returns, rollout.mask)}
 
 
 def update_actor(trainer: Trainer, rollout: Rollout, made: Advantages, algorithm: Algorithm, settings: UpdateSettings, iteration: int) -> dict[str, float]:
@@ -120,6 +122,7 @@ def update_actor(trainer: Trainer, rollout: Rollout, made: Advantages, algorithm
         whole.top(ratio_max=seen["ratio"], minus_ratio_min=-seen["ratio"], ratio_gap=(seen["ratio"] - 1).abs())
         step_sums.add(approx_kl=seen["approx_kl"])
         if kl_coef:
+            assert rollout.ref_logprobs is not None
             kl = kl_estimate(logprobs, rollout.packed(rollout.ref_logprobs, rows), algorithm.kl_estimator)
             whole.add(kl_loss=kl.detach())
             loss = loss + kl_coef * kl
@@ -173,7 +176,7 @@ def rollout_statistics(rollout: Rollout, made: Advantages, kl: torch.Tensor | No
     if made.returns is not None:
         result |= {"value_mean": valid(rollout.values).mean(), "return_mean": valid(made.returns).mean()}
     if rollout.correct[0] is not None:
-        result["accuracy"] = sum(rollout.correct) / len(rollout)
+        result["accuracy"] = sum(map(bool, rollout.correct)) / len(rollout)
     for source in rollout.parts[0]:
         result[f"score_{source}"] = sum(parts[source] for parts in rollout.parts) / len(rollout)
     if len(set(rollout.samples)) > 1:

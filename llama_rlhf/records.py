@@ -118,21 +118,27 @@ def stream_json(file, faults=None):
                 _fault(faults, f"{file}, line {number}: {e}")
 
 
+def _after_space(text, at):
+    found = _SPACE.match(text, at)
+    assert found is not None  # the pattern also matches nothing
+    return found.end()
+
+
 def _stream_list(file, stream, line):
     """What follows the "[": records are decoded from a window of the text, which grows while it ends inside one."""
     text, at, block, number, ended = "", 0, _BLOCK, 0, False
     before = 1  # characters of its line that stand before the window: the bracket
     while True:
-        start, fault = _SPACE.match(text, at).end(), "expected , or ]"
+        start, fault = _after_space(text, at), "expected , or ]"
         if text[start : start + 1] == "]":
             if rest := (text[start + 1 :] + stream.read()).strip(" \t\r\n"):
                 raise ValueError(f"{file}, line {line + text.count(chr(10), at, start)}: more text after the end of the list: {rest[:20]!r}")
             return
         if number == 0 or text[start : start + 1] == ",":
-            start = _SPACE.match(text, start + (number > 0)).end()
+            start = _after_space(text, start + (number > 0))
             try:
                 value, stop = _DECODER.raw_decode(text, start)
-                after = _SPACE.match(text, stop).end()
+                after = _after_space(text, stop)
                 if text[after : after + 1] in (",", "]"):  # else it may go on: "1" is the begin of "1.5"
                     line, number = line + text.count("\n", at, start), number + 1
                     yield line, value

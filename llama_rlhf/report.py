@@ -17,7 +17,8 @@ import os
 import re
 import shlex
 import sys
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llama_rlhf.curves import COLOURS, NOTES, PANELS, REST, as_svg, curves_of, series, write_png
@@ -127,9 +128,10 @@ def wall_seconds(run: Run) -> float:
 
 def seconds_by_phase(run: Run) -> dict[str, float]:
     """Phases of iterations, training steps and evaluations as recorded, and what is left of the run's time."""
-    phases: Counter = Counter()
+    phases: dict[str, float] = defaultdict(float)
     for record in run.records:
-        phases.update(record.get("phases", {}))
+        for phase, seconds in record.get("phases", {}).items():
+            phases[phase] += seconds
         if record["kind"] in ("train", "evaluation"):
             phases[{"train": "training steps", "evaluation": "evaluation"}[record["kind"]]] += record.get("seconds") or 0.0
     phases["all else"] = max(0.0, wall_seconds(run) - sum(phases.values()))
@@ -225,11 +227,11 @@ def before_and_after(runs: list[Run]) -> list[dict]:
     """Answers to the same problems side by side: first and last evaluation of a run; runs with one evaluation beside the first of them."""
     sets = [[(step if step and len(runs) == 1 else f"{run.name} {step}".strip(), rows) for step, rows in run.answers] for run in runs if run.answers]
     single = [answers[0] for answers in sets if len(answers) == 1]
-    pairs = [(answers[0], answers[-1]) for answers in sets if len(answers) > 1] + [(single[0], other) for other in single[1:]]
+    pairs: list[Sequence] = [(answers[0], answers[-1]) for answers in sets if len(answers) > 1] + [(single[0], other) for other in single[1:]]
     return [compared for pair in pairs or [single[:1]] if (compared := compare(pair))]
 
 
-def compare(named: list[tuple[str, list[dict]]]) -> dict | None:
+def compare(named: Sequence[tuple[str, list[dict]]]) -> dict | None:
     """First answers to the problems that all have, some of each fate; None where they have none in common."""
     columns = [{(row["id"], row["prompt"]): row for row in rows if row["sample"] == 0} for _, rows in named]
     common = [[column[key] for column in columns] for key in columns[0] if all(key in column for column in columns)] if columns else []

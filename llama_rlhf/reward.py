@@ -88,6 +88,7 @@ def objective(model: ValueModel, examples: list[Judged], *, loss: str, margin: f
     of_token = torch.arange(len(examples), device=device).repeat_interleave(n_tokens)       # which example each token belongs to
     losses = verifier_loss(predictions, labels[of_token], loss)
     if teaches:
+        assert isinstance(model, JointModel)
         taught = labels[of_token] == 1
         logprobs = token_logprobs(hidden[before[taught]], model.head_weight, flat[after[taught]], vocab_start=model.vocab_start)
         losses = losses.index_add(0, taught.nonzero()[:, 0], -lm_loss_weight * logprobs)
@@ -148,7 +149,7 @@ def measure_score(model: ValueModel, examples: list[Judged], loss: str) -> dict:
     """Collective. `score` of this model, from a fixed random choice of the responses of its training data."""
     rows = [(response, example.prompt_len) for example in examples for response in example.responses]
     rows = random.Random(0).sample(rows, min(len(rows), _MEASURED_RESPONSES))
-    raw = torch.tensor(score_together(model, *zip(*rows)), dtype=torch.float64)
+    raw = torch.tensor(score_together(model, [row for row, _ in rows], [n for _, n in rows]), dtype=torch.float64)
     moments = RunningMoments()
     moments.update(_reported(FORMS[loss], raw))
     return {"loss": loss, "form": FORMS[loss], "offset": moments.mean, "scale": moments.std, "n": moments.n}
@@ -197,7 +198,8 @@ def evaluate_verifier(model: ValueModel, examples: list[Judged], score: dict) ->
         problems += [example.id] * len(example.responses)
         labels += [example.label] * len(example.responses)
     lengths = [len(response) - n for response, n in rows]
-    return verifier_metrics(score_together(model, *zip(*rows)), lengths, problems, score, pairs or pairs_by_label(problems, labels),
+    scores = score_together(model, [row for row, _ in rows], [n for _, n in rows])
+    return verifier_metrics(scores, lengths, problems, score, pairs or pairs_by_label(problems, labels),
                             None if pairs else labels)
 
 
@@ -207,7 +209,7 @@ def scored_responses(model: ValueModel, tokenizer, examples: list[Judged], score
     that the response is right (see `probability`). [{"id", "prompt", "judged", "pieces", "probabilities"}]
     """
     if score["loss"] == "pairwise":
-        chosen = [(example, place, side) for example in examples[:n_problems] for place, side in zip(example.pairs[0], ("better", "worse"))]
+        chosen = [(example, place, side) for example in examples[:n_problems] for place, side in zip(example.pairs[0][:2], ("better", "worse"))]
     else:
         by_problem: dict[str, dict] = {}
         for example in examples:
@@ -253,6 +255,7 @@ def verifier_metrics(raw: list[float], lengths: list[int], problems: list, score
         metrics["loss"] = float(torch.nn.functional.softplus(-gaps).mean()) if pairs else None
         p, outcomes = torch.sigmoid(gaps.abs()).tolist(), ((gaps > 0) + 0.5 * (gaps == 0)).tolist()
     else:
+        assert labels is not None
         p, outcomes = probability(score, torch.tensor(raw, dtype=torch.float64)).tolist(), [float(label) for label in labels]
         metrics["brier"] = sum((a - b) ** 2 for a, b in zip(p, outcomes)) / len(p)
         metrics["share_right"] = sum(outcomes) / len(outcomes)

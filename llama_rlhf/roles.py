@@ -17,6 +17,7 @@ from llama_rlhf.models.transformer import CausalLM, Transformer, ValueModel
 from llama_rlhf.parallel import groups
 from llama_rlhf.parallel.layers import Lora
 from llama_rlhf.reward import fold_head
+from llama_rlhf.tokenizer import Tokenizer
 
 _RESIDENT_SHARE = 0.6       # "auto": everything stays if weights, masters, moments and gradients take at most this share of the device
 
@@ -44,7 +45,7 @@ class Roles:
         return sum(p.nbytes for p in parameters) + state
 
     @contextlib.contextmanager
-    def using(self, *models: Transformer | None, trainer=None):
+    def using(self, *models: Transformer, trainer=None):
         """The models are on the device inside, and wait in host memory afterwards. trainer: its masters and moments come and go too."""
         if not self.moves:
             yield
@@ -104,7 +105,7 @@ def load_roles(*, actor_dir: str, start_dir: str, critic_dir: str, critic_start_
     # hashed once: what several roles read, and the saves of a resumed run, which store.find_start has compared already
     hashed = {start for start, given in ((start_dir, actor_dir), (critic_start_dir, critic_dir)) if start != given}
 
-    def load(path: str, *args, **options) -> Transformer:
+    def load(path: str, *args, **options):
         model = load_model(path, *args, verify=path not in hashed, **options)
         hashed.add(path)
         return model
@@ -118,11 +119,11 @@ def load_roles(*, actor_dir: str, start_dir: str, critic_dir: str, critic_start_
         roles.reward = load(reward_dir, ValueModel, lora="stored" if lora else None, need_head=True,
                             share=list(roles.all().values()), **frozen)
     if critic_dir:
-        roles.critic = load(critic_start_dir, ValueModel, lora=_adapters(critic_start_dir, lora), dtype=dtype, model_type=model_type, seed=seed + 1,
-                                  share=list(roles.all().values()))
+        critic = roles.critic = load(critic_start_dir, ValueModel, lora=_adapters(critic_start_dir, lora), dtype=dtype, model_type=model_type,
+                                     seed=seed + 1, share=list(roles.all().values()))
         roles.critic_is_new = not look_inside(critic_dir).has_value_head
         if reward_dir:
-            fold_head(roles.critic, reward_weight)
+            fold_head(critic, reward_weight)
     if groups.device().type == "cuda":
         total = torch.cuda.get_device_properties(groups.device()).total_memory
         roles.moves = keep_resident == "never" or keep_resident == "auto" and roles.n_bytes(training=True) > _RESIDENT_SHARE * total
@@ -132,7 +133,7 @@ def load_roles(*, actor_dir: str, start_dir: str, critic_dir: str, critic_start_
     return roles
 
 
-def check_same_tokenizer(tokenizer, others: dict[str, object], model_dirs: dict[str, str]) -> None:
+def check_same_tokenizer(tokenizer: Tokenizer, others: dict[str, Tokenizer], model_dirs: dict[str, str]) -> None:
     """Every role reads the actor's ids, so all tokenizers must give every id the same meaning. ValueError names the first difference.
 
     others: role -> its tokenizer.  model_dirs: role -> folder, for the message.

@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ class Prompt:
     id: int
     text: str
     tokens: list[int]
-    problem: object | None = None
+    problem: Any = None
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ class Reward:
 
     model: ValueModel | None = None
     model_weight: float = 1.0
-    task: object | None = None
+    task: Any = None
     rule: str = "D"
     rule_weight: float = 0.0
     function: Callable | None = None

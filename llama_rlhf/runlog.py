@@ -34,7 +34,12 @@ def open_tracker(name: str, log_dir: str):
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(log_dir)
-        return lambda numbers, step: [writer.add_scalar(key, value, step) for key, value in numbers.items()], writer.close
+
+        def log(numbers, step):
+            for key, value in numbers.items():
+                writer.add_scalar(key, value, step)
+
+        return log, writer.close
     import wandb
     run = wandb.init(project=os.environ.get("WANDB_PROJECT", "llama_rlhf"), dir=log_dir, config=cli.resolved, mode=os.environ.get("WANDB_MODE", "offline"))
     return run.log, run.finish
@@ -135,7 +140,7 @@ class RunLog:
 
     def close(self, *, report: bool = False) -> None:
         """report: of a finished run; see report.at_the_end."""
-        if self._bar is None:
+        if self._bar is None or self._metrics is None:
             return
         self._bar.close()
         self._metrics.close()
@@ -227,7 +232,7 @@ class PeakMemory:
         if groups.device().type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
-            groups.release_freed_memory()
+            groups.release_freed_memory(always=True)
             with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
                 file.write("5")         # the kernel's mark of the peak falls to what is held now
 

@@ -94,7 +94,7 @@ def majority_vote(answers):
     Of equally frequent answers the one seen first wins.
     """
     counts = Counter(answer for answer in answers if answer is not None)
-    return max(counts, key=counts.get, default=None)  # a Counter keeps first-seen order, and max the first maximum
+    return max(counts, key=lambda answer: counts[answer], default=None)  # a Counter keeps first-seen order, and max the first maximum
 
 
 def weighted_vote(answers, scores):
@@ -108,7 +108,7 @@ def weighted_vote(answers, scores):
     for answer, score in zip(answers, scores):
         if answer is not None:
             totals[answer] = totals.get(answer, 0.0) + score
-    return max(totals, key=totals.get, default=None)
+    return max(totals, key=lambda answer: totals[answer], default=None)
 
 
 def top_vote(answers, scores, m):

@@ -69,6 +69,15 @@ class Tokenizer:
         pad = special_ids.get(settings.names.get("pad_token"))
         self.pad_id = pad if pad is not None else (self.eos_ids or (0,))[0]
 
+    def _encode_parts(self, parts) -> list[int]:
+        raise NotImplementedError
+
+    def _decode_text(self, ids) -> str:
+        raise NotImplementedError
+
+    def _piece_text(self, id) -> str:
+        raise NotImplementedError
+
     # -- text to ids --
 
     def encode(self, text, *, bos=False, eos=False, special=False):
@@ -98,7 +107,7 @@ class Tokenizer:
     def decode(self, ids, *, skip_special=True):
         """Text of `ids`; control tokens are left out, or written by name. An id the tokenizer does not know (a
         padding row of the embedding, sampled by an untrained model) becomes the replacement character."""
-        runs = [[]]  # each run of ordinary ids is decoded as one, characters may span tokens
+        runs: list = [[]]  # each run of ordinary ids is decoded as one, characters may span tokens
         for id in ids:
             if id in self._special_names:
                 runs += [] if skip_special else [self._special_names[id], []]
@@ -362,7 +371,7 @@ _LLAMA3_NAMES = [
 ]  # fmt: skip
 _LLAMA3_NAMES += [f"<|reserved_special_token_{n}|>" for n in range(3, 3 + 256 - len(_LLAMA3_NAMES))]
 _QWEN_NAMES = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"] + [f"<|extra_{n}|>" for n in range(205)]
-TIKTOKEN_FAMILIES = {  # by number of ranks
+TIKTOKEN_FAMILIES: dict[int, dict] = {  # by number of ranks
     151643: dict(
         pattern=_SPLIT.replace("DIGITS", ""), special_names=_QWEN_NAMES, nfc=True, chat_format="chatml",
         names={"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}, eos_names=("<|im_end|>",),
@@ -476,7 +485,7 @@ _LLAMA3 = (
     "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + m.content | trim + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
-CHAT_FORMATS = {  # needs: control tokens it writes; ends: the token after an answer, if not eos_token
+CHAT_FORMATS: dict[str, dict] = {  # needs: control tokens it writes; ends: the token after an answer, if not eos_token
     "llama-2": dict(template=_LLAMA2, needs=(), ends=None),
     "mistral-v1": dict(template=_MISTRAL_V1, needs=(), ends=None),
     "mistral-v3": dict(template=_MISTRAL_V3, needs=("[INST]", "[/INST]"), ends=None),

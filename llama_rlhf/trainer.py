@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -63,9 +64,10 @@ class Trainer:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         check_options(precision, zero, {p.dtype for _, p in named})
         groups.keep_freed_memory()
-        self.model, self.max_grad_norm, self.max_skipped_steps = model, max_grad_norm, max_skipped_steps
+        self.model: Any = model         # a CausalLM or a ValueModel, whichever the loss is of
+        self.max_grad_norm, self.max_skipped_steps = max_grad_norm, max_skipped_steps
         self.spike, self.last_save = skip_grad_norm_above if skip_grad_norm_above > 0 else math.inf, ""
-        self._rate = dict(peak=lr, total_steps=total_steps, warmup_steps=warmup_steps, final_ratio=final_lr_ratio, schedule=schedule)
+        self._rate: dict = dict(peak=lr, total_steps=total_steps, warmup_steps=warmup_steps, final_ratio=final_lr_ratio, schedule=schedule)
         self.n_steps = self.skipped_in_a_row = self.skipped_steps = self._steps_at_scale = 0
         self.loss_scale = 2.0 ** 16 if any(p.dtype == torch.float16 for p in model.parameters()) else None
         self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
@@ -78,13 +80,13 @@ class Trainer:
         self.sharded = zero == 1 and groups.dp_size() > 1
         self._owners = _shares(model, self.names) if self.sharded else [groups.dp_rank()] * len(named)
         # name, parameter and fp32 values of what this replica updates; with compensation the values are empty but during the update
-        self.own: list[tuple[str, torch.nn.Parameter, torch.nn.Parameter]] = []
+        self.own: list[tuple[str, torch.nn.Parameter, torch.Tensor]] = []
         self._rest: dict[torch.nn.Parameter, torch.Tensor] = {}             # int16: fp32 bits of the value minus those of the parameter
         for (name, p), owner in zip(named, self._owners):
             if owner != groups.dp_rank():
                 continue
             if p.dtype == torch.float32:
-                master = p
+                master: torch.Tensor = p
             elif precision == "master":
                 master = p.detach().float().requires_grad_()
             else:
@@ -103,6 +105,7 @@ class Trainer:
     def _accumulate(self, parameter: torch.nn.Parameter) -> None:
         """Backward has found a gradient."""
         if parameter.dtype != torch.float32:
+            assert parameter.grad is not None
             total = self._gradients.get(parameter)
             if total is None:
                 self._gradients[parameter] = parameter.grad.float()
@@ -183,7 +186,7 @@ class Trainer:
     def _update(self, lr: float, factor: float) -> None:
         """One AdamW step on the gradients times factor."""
         if factor != 1.0:
-            torch._foreach_mul_([self.gradient_of(p) for _, p, _ in self.own], factor)
+            torch._foreach_mul_([grad for _, p, _ in self.own if (grad := self.gradient_of(p)) is not None], factor)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for bucket in self._buckets():

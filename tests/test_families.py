@@ -294,6 +294,7 @@ def test_config_spellings(c, expected):
     ({"model_type": "bloom", "vocab_size": 9, "n_head": 2, "n_layer": 1}, "lacks hidden_size or n_embed"),
     ({"model_type": "bloom", **BASE, "apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
     ({"model_type": "llama", **BASE, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
+    ({"model_type": "llama", **BASE, "rope_scaling": {"rope_type": ["linear"], "factor": 4.0}}, r"\['linear'\] is not supported"),
     ({"model_type": "qwen2", **BASE, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2,
       "layer_types": ["sliding_attention"] * 4}, "disagree"),
 ])

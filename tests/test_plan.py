@@ -1,6 +1,7 @@
 """Planned bytes against tensors that exist: the same code with real tensors, at 1 and 2 ranks, and loaded models."""
 
 import contextlib
+import gc
 import json
 
 import pytest
@@ -28,6 +29,7 @@ def real_peaks(folder, model_class_name, lora_rank, options):
     trainer, live = Trainer(model, lr=1e-3, total_steps=1, **options), footprint._Live(model)
     look = response_logprobs if model_class_name == "CausalLM" else response_values
     batch = [[[7] * length for length, _ in ROWS], [prompt for _, prompt in ROWS]]
+    gc.collect()
     with live:
         for _ in range(2):
             live.peaks.clear()

@@ -110,6 +110,14 @@ def test_a_task_of_ones_own_is_one_file(toy, tmp_path):  # noqa: F811
         get_task(str(tmp_path / "typo.py"))
 
 
+def test_a_reward_function_stands_in_a_python_file(tmp_path):
+    """Python has no loader for other names: one ended in an AttributeError."""
+    from llama_rlhf.rollout import load_reward_function
+    (tmp_path / "reward.txt").write_text("def length(prompt, response, label): return len(response)")
+    with pytest.raises(ValueError, match="reward.txt: not a Python file: its name must end in .py"):
+        load_reward_function(f"{tmp_path / 'reward.txt'}:length")
+
+
 # ---- reasoning-gym
 
 

@@ -110,8 +110,9 @@ class PeftAdapter:
 
 def peft_tensors(rewrite, table: dict[str, Source]) -> dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]]:
     """PEFT's name -> (shape, a function that reads the tensor) for every adapter of a checkpoint of ours."""
-    from llama_rlhf.checkpoint.export import foreign_tensors, to_foreign
-    tensors, rank, d = {}, rewrite.lora.rank, rewrite.config.head_dim
+    from llama_rlhf.checkpoint.export import foreign_tensors, place_in, to_foreign
+    rank, d = rewrite.lora.rank, rewrite.config.head_dim
+    tensors: dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]] = {}
     adapted = [name.removesuffix("lora_a") + "weight" for name in rewrite.pieces if name.endswith(".lora_a")]
     for name, natives in foreign_tensors(adapted, table).items():
         a, b = ([native.removesuffix("weight") + half for native in natives] for half in ("lora_a", "lora_b"))
@@ -119,7 +120,7 @@ def peft_tensors(rewrite, table: dict[str, Source]) -> dict[str, tuple[tuple[int
         def read_a(a=a):
             return torch.cat([rewrite.read(native) for native in a])
 
-        def read_b(b=b, sources=[lookup(table, native) for native in natives]):
+        def read_b(b=b, sources=[place_in(table, native) for native in natives]):
             blocks = [rewrite.read(native) for native in b]
             return to_foreign([torch.nn.functional.pad(x, (i * rank, (len(b) - 1 - i) * rank)) for i, x in enumerate(blocks)], sources, d)
 

@@ -264,6 +264,7 @@ class NativeView:
 
     def _read(self, native, dim, start, stop):
         if native in self.missing:
+            assert self._absent is not None
             return self._absent(native).narrow(dim, start, stop - start)
         if self.checkpoint.kind == "shards":
             return _read_shards(self.checkpoint.files, native, dim, start, stop, self._cut(native))

@@ -32,16 +32,22 @@ def for_transformers(config: ModelConfig) -> ModelConfig:
     return replace(config, family="qwen2", max_seq_len=trained, ntk_beyond=None, logn_beyond=None)
 
 
+def place_in(table: dict[str, Source], native: str) -> Source:
+    """Where a native tensor goes in this layout."""
+    source = lookup(table, native)
+    if source is None or source.stacked or source.transposed:
+        raise CheckpointError(f"{native} has no place in the Hugging Face layout of this family")
+    return source
+
+
 def foreign_tensors(natives, table: dict[str, Source]) -> dict[str, list[str]]:
     """foreign name -> the native tensors it is made of, in the order of their parts."""
     found: dict[str, dict[int, str]] = {}
     for native in natives:
-        source = lookup(table, native)
-        if source is None or source.stacked or source.transposed:
-            raise CheckpointError(f"{native} has no place in the Hugging Face layout of this family")
+        source = place_in(table, native)
         found.setdefault(source.name, {})[source.part] = native
     for name, parts in found.items():
-        wanted = lookup(table, parts[min(parts)]).parts
+        wanted = place_in(table, parts[min(parts)]).parts
         if sorted(parts) != list(range(wanted)):
             raise CheckpointError(f"{name} is made of {wanted} parts, of which {sorted(parts)} exist")
     return {name: [parts[i] for i in sorted(parts)] for name, parts in found.items()}
@@ -98,7 +104,7 @@ def export_hf(source: str, folder: str, *, dtype: torch.dtype | None = None, mod
                 with SafetensorsWriter(os.path.join(temporary, file), {name: infos[name] for name in names}) as writer:
                     for name in names:
                         natives = members[name]
-                        x = to_foreign([rewrite.read(native) for native in natives], [lookup(table, native) for native in natives],
+                        x = to_foreign([rewrite.read(native) for native in natives], [place_in(table, native) for native in natives],
                                        config.head_dim)
                         writer.write(name, x.to(infos[name].dtype))
                         done += x.nbytes
@@ -177,7 +183,7 @@ def _common_dtype(infos: dict[str, TensorInfo]) -> str:
     sizes: dict[torch.dtype, int] = {}
     for info in infos.values():
         sizes[info.dtype] = sizes.get(info.dtype, 0) + torch.Size(info.shape).numel()
-    return _DTYPES.get(max(sizes, key=sizes.get), "float32")
+    return _DTYPES.get(max(sizes, key=lambda dtype: sizes[dtype]), "float32")
 
 
 def _group(infos: dict[str, TensorInfo], limit: int) -> dict[str, list[str]]:

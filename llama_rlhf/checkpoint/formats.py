@@ -22,6 +22,7 @@ import re
 import struct
 import zipfile
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -158,7 +159,7 @@ class _SafetensorsFile(TensorFile):
                     raise CheckpointError(f"{path}: a header of {header_bytes} bytes, more than {MAX_HEADER_BYTES}: damaged, "
                                           "or not a file of model weights; download it again")  # fmt: skip
                 header = stream.read(header_bytes)
-            self._file = safe_open(path, framework="pt", device="cpu")
+            self._file: Any = safe_open(path, framework="pt", device="cpu")
             slices = {name: self._file.get_slice(name) for name in self._file.keys()}
             json.loads(header, object_pairs_hook=self._without_duplicates)  # the reader takes the last of equal keys
         for name, piece in slices.items():
@@ -314,7 +315,9 @@ def check_pickle(path, data):
     It would call functions that make quantised, sparse and other special tensors from numbers it does not check. And a
     tuple of a tuple of a tuple, each referred to twice, is a hundred bytes that as a dictionary's key take years to hash.
     """
-    mark, stack, memo = object(), [], {}  # of each object on the unpickler's stack: how many it holds
+    mark, memo = object(), {}
+    stack: list = []  # of each object on the unpickler's stack: how many it holds
+    argument: Any
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name == "GLOBAL" and "rebuild" in argument and argument not in REBUILDS:
             raise CheckpointError(f"{path}: not plain tensors: loading it would have to call {argument.replace(' ', '.')}, so it was "
@@ -451,7 +454,8 @@ class _GgufFile(TensorFile):
         except ImportError as error:
             raise CheckpointError(f"{path}: reading GGUF files needs the package gguf; pip install gguf") from error
         header = read_gguf_header(path)
-        self.metadata, self._data = header.metadata, header.data
+        self.metadata = header.metadata
+        self._data: Any = header.data
         n_pieces = self.metadata.get("split.count", 1)
         if n_pieces not in (0, 1):
             raise CheckpointError(f"{path}: one of {n_pieces} pieces; merge them first (llama-gguf-split --merge)")

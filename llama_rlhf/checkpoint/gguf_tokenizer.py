@@ -92,7 +92,7 @@ def write_fast_tokenizer(folder) -> list[str]:
            "unknown": tokenizer.special_ids.get("<unk>")}
     if tokenizer.kind == "tiktoken":
         spec = tokenizer.spec()
-        told = {"model": "gpt2", "tokens": sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].get) + [t["content"] for t in spec["added_tokens"]]}
+        told: dict = {"model": "gpt2", "tokens": sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].get) + [t["content"] for t in spec["added_tokens"]]}
     else:
         told = {"model": "llama", **dict(zip(("tokens", "scores", "token_type"), map(list, zip(*tokenizer.pieces()))))}
     told |= {f"{name}_token_id": -1 if id is None else id for name, id in ids.items()} | {"add_bos_token": tokenizer.bos_id is not None}

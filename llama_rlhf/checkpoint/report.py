@@ -54,7 +54,7 @@ def _print_plan(rewrite: Rewrite, n: int) -> None:
         n_bytes = 0.0
         for name, piece in rewrite.pieces.items():
             start, stop = plan.held[piece.kind][r] if piece.kind else (0, 1)
-            n_bytes += rewrite.nbytes(name) * (stop - start) / (piece.shape[piece.dim] if piece.kind else 1)
+            n_bytes += rewrite.nbytes(name) * (stop - start) / (1 if piece.dim is None else piece.shape[piece.dim])
         spans = [f"{start}..{stop - 1}" if start < stop else "none" for start, stop in
                  (plan.heads[r], plan.kv_heads[r], plan.held["ffn"][r], plan.held["vocab"][r])]
         print(f"  {r:<6}{spans[0]:>12}{spans[1]:>10}{spans[2]:>16}{spans[3]:>18}{n_bytes / 1e9:9.3f}")

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -53,11 +54,11 @@ def inspect(checkpoint: Checkpoint, model_type: str = "") -> Contents:
     infos = checkpoint.files[0].infos if checkpoint.kind == "shards" else checkpoint.infos
     manifest = read_manifest(checkpoint.folder) if checkpoint.kind == "shards" else None
     ranks = {info.shape[0] for name, info in infos.items() if name.endswith(".lora_a")}
-    lora = None
+    lora, stored = None, (manifest or {}).get("lora")
     if ranks:
-        if len(ranks) > 1 or not (manifest or {}).get("lora"):
+        if len(ranks) > 1 or not stored:
             raise CheckpointError(f"{checkpoint.path}: adapters of ranks {sorted(ranks)} without their alpha in a manifest.json")
-        lora = Lora(ranks.pop(), manifest["lora"]["alpha"])
+        lora = Lora(ranks.pop(), stored["alpha"])
     return Contents(config, notes, lora, "value_head.weight" in infos, manifest)
 
 
@@ -76,10 +77,10 @@ def look_inside(path: str) -> Contents:
         return inspect(checkpoint)
 
 
-def load_model(path: str, model_class: type[Transformer] = CausalLM, *, lora: Lora | str | None = None, dtype=torch.float32,
+def load_model(path: str, model_class: type[Transformer] = CausalLM, *, lora: Lora | Literal["stored"] | None = None, dtype=torch.float32,
                model_type: str = "", seed: int = 0, verify: bool = True, trainable: bool = True, need_head: bool = False,
-               share: Sequence[Transformer] = ()) -> Transformer:
-    """Collective. A CausalLM or ValueModel with this rank's weights, on this rank's device.
+               share: Sequence[Transformer] = ()) -> Any:
+    """Collective. A model_class, CausalLM or ValueModel, with this rank's weights, on this rank's device.
 
     lora: train adapters of this rank and alpha; continues those in the checkpoint, or starts new ones (B = 0, seeded).
           None: no adapters; those in the checkpoint are added into the weights (fp32 sum, one rounding).
@@ -107,7 +108,7 @@ def load_model(path: str, model_class: type[Transformer] = CausalLM, *, lora: Lo
         if need_head and not contents.has_value_head:
             raise CheckpointError(f"{path} has no value head: it is not a reward model. Train one with verifier_train.py, "
                                   "or give the folder that it saved.")
-        if lora == "stored":
+        if isinstance(lora, str):       # "stored"
             lora = contents.lora
         if lora and contents.lora and lora != contents.lora:
             raise CheckpointError(f"{path} holds adapters of rank {contents.lora.rank}, alpha {contents.lora.alpha}; asked for rank "
@@ -119,7 +120,7 @@ def load_model(path: str, model_class: type[Transformer] = CausalLM, *, lora: Lo
         ignored = frozenset() if model_class is CausalLM else _LM_HEAD
         merged = contents.lora if not lora else None
         view = NativeView(checkpoint, contents.config, native_tensors(model_class(contents.config, lora=merged)) if merged else wanted,
-                          optional=adapters | head, ignored=ignored, merge_lora=merged and merged.scale)
+                          optional=adapters | head, ignored=ignored, merge_lora=merged.scale if merged else None)
         if view.missing & adapters and adapters - view.missing:
             raise CheckpointError(f"{path}: some adapters are missing ({sorted(view.missing & adapters)[0]}, ...)")
         trains = {name for name, _ in model.named_parameters()
@@ -127,7 +128,7 @@ def load_model(path: str, model_class: type[Transformer] = CausalLM, *, lora: Lo
         donors = [{name: p for name, p in other.named_parameters() if not p.requires_grad} for other in share]
         _fill(model, view, seed, trains, donors)
         checkpoint.close()
-    if model_class is ValueModel:
+    if isinstance(model, ValueModel):
         model.score = (contents.manifest or {}).get("score")
     new = sorted({name.rpartition(".")[2] if name in adapters else name for name in view.missing})
     if new:
@@ -260,7 +261,7 @@ def load_training_state(trainer, folder: str) -> None:
     """Collective. Give a trainer the state that `save_model` stored with its model, at whatever number of tensor-parallel ranks.
     ValueError on every rank when it does not fit."""
     with groups.together(f"loading the optimizer state of {folder}"), contextlib.ExitStack() as opened:
-        n_shards = read_manifest(folder).get("n_shards", 0)
+        n_shards = (read_manifest(folder) or {}).get("n_shards", 1)
         paths = [os.path.join(folder, _training_file(trainer, rank)) for rank in range(n_shards)]
         if missing := [path for path in paths if not os.path.exists(path)]:
             raise CheckpointError(f"{missing[0]} is missing: {folder} holds no optimizer state to resume from. Start a new run from its weights.")
@@ -331,7 +332,8 @@ class Rewrite:
         wanted = native_tensors(model)
         adapters = frozenset(name for name in wanted if name.endswith((".lora_a", ".lora_b")))
         self._view = NativeView(self.checkpoint, self.config, wanted, optional=adapters if adapter else frozenset(),
-                                ignored=_LM_HEAD if contents.has_value_head else frozenset(), merge_lora=lora.scale if merge_lora else None, absent=self._from_peft)
+                                ignored=_LM_HEAD if contents.has_value_head else frozenset(),
+                                merge_lora=lora.scale if lora and merge_lora else None, absent=self._from_peft)
         if self._peft:
             self._peft.check(wanted)
         self.lora = None if merge_lora else lora
@@ -373,6 +375,7 @@ class Rewrite:
         return y
 
     def _from_peft(self, native: str) -> torch.Tensor:
+        assert self._peft is not None
         x = self._peft.read(native)
         # modules that the PEFT adapter leaves alone get new adapters, which add nothing until they are trained
         return _initial(native, replicated(native, self._view.wanted[native].shape), 0) if x is None else x
@@ -381,8 +384,7 @@ class Rewrite:
         c, files = self.config, self.checkpoint.files
         parts = [f"{c.family}, {c.n_layers} layers, {sum(torch.Size(p.shape).numel() for p in self.pieces.values()) / 1e6:.1f} M parameters",
                  f"{len(files)} x {os.path.splitext(files[0].path)[1]}, {self.checkpoint.bytes_total / 1e9:.2f} GB"]
-        if self._peft or self.contents.lora:
-            lora = self._peft.lora if self._peft else self.contents.lora
+        if lora := self._peft.lora if self._peft else self.contents.lora:
             parts.append(f"adapters of rank {lora.rank}, alpha {lora.alpha:g}{'' if self.lora else ' to be merged'}")
         return ", ".join(parts + ["value head"] * self.contents.has_value_head)
 

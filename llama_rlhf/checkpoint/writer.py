@@ -25,6 +25,7 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -52,8 +53,8 @@ class _Writer:
 
     def __init__(self, path):
         self.path = str(path)
-        self._result = None
-        self._file = None
+        self._result: dict | None = None
+        self._file: Any = None
         with self._errors():
             self._file = _HashingFile(self.path)
 
@@ -152,7 +153,8 @@ class SafetensorsWriter(_Writer):
     """
 
     def __init__(self, path, infos: dict[str, TensorInfo]):
-        header, at = {"__metadata__": {"format": "pt"}}, 0  # transformers insists on this entry
+        header: dict = {"__metadata__": {"format": "pt"}}  # transformers insists on this entry
+        at = 0
         for name, info in infos.items():
             if info.dtype not in _SAFETENSORS_NAMES or name == "__metadata__":
                 raise CheckpointError(f"{path}: cannot store {name} ({info.dtype})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import replace
+from typing import Any
 
 from llama_rlhf.config import ModelConfig
 from llama_rlhf.models import bloom, llama, mistral, mixtral, qwen
@@ -146,7 +147,10 @@ def config_from_gguf(metadata: dict, vocab_size: int, has_output: bool) -> Model
             break
     else:
         raise ValueError(f"GGUF architecture {architecture!r} is not supported (known: llama, qwen2)")
-    get = lambda key, default=None: metadata.get(f"{architecture}.{key}", default)  # noqa: E731
+
+    def get(key: str, default=None) -> Any:
+        return metadata.get(f"{architecture}.{key}", default)
+
     if get("expert_count"):
         raise ValueError("this GGUF file holds a mixture of experts, which is supported from safetensors or consolidated files only")
     if get("rope.scaling.type") not in (None, "none"):

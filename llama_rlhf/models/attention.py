@@ -14,7 +14,7 @@ from llama_rlhf.parallel import groups
 
 # on a CPU products beat the fused kernel, most of all in backward (benchmarks/kernels.py); in fp32 up to rows of
 _PRODUCTS_FP32 = 1024
-_QUERIES = 96               # of a row that attend together in products: the keys after the last of them are left out
+_QUERIES = 128              # of a row that attend together in products: the keys after the last of them are left out
 _GRID_CELLS = 1 << 19       # scores per head that exist at a time
 
 
@@ -135,49 +135,57 @@ class _ProductAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, grids, window, bias):
         ctx.save_for_backward(q, k, v, bias)
         ctx.grids, ctx.window = grids, window
-        out, n_kv_heads = torch.empty_like(q), k.shape[1]
+        out = torch.empty_like(q)
         for grid in grids:
-            queries, keys, values = (_spread(x[grid.tokens], grid, n_kv_heads) for x in (q, k, v))
+            queries, keys, values = _spread(grid, q, k, v)
             found = torch.empty_like(queries)
             for seen, here in _stretches(grid.longest, window):
-                p = _probabilities(queries[:, :, :, here], keys[..., seen, :], seen, here, window, bias)
-                found[:, :, :, here] = torch.bmm(p, values[..., seen, :].flatten(0, 2)).view(found[:, :, :, here].shape)
-            _collect(found, grid, out[grid.tokens])
+                p = _probabilities(_flat(queries, here), _flat(keys, seen), grid, seen, here, window, bias)
+                found[..., here, :] = torch.bmm(p, _flat(values, seen)).view(found[..., here, :].shape)
+            _collect(found, grid, out)
         return out
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, bias = ctx.saved_tensors
-        n_kv_heads, scale = k.shape[1], q.shape[-1] ** -0.5
         d_q, d_k, d_v = (torch.empty_like(x) for x in (q, k, v))
+        scale = q.shape[-1] ** -0.5
         for grid in ctx.grids:
-            queries, keys, values, outs = (_spread(x[grid.tokens], grid, n_kv_heads) for x in (q, k, v, grad))
-            found = torch.empty_like(queries)
-            found_k, found_v = torch.zeros(2, *keys.shape, dtype=torch.promote_types(k.dtype, torch.float32), device=k.device)
+            queries, keys, values, outs = _spread(grid, q, k, v, grad)
+            found, found_k, found_v = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
             for seen, here in _stretches(grid.longest, ctx.window):
-                at, at_k = queries[:, :, :, here].flatten(0, 1).flatten(1, 2), keys[..., seen, :].flatten(0, 2)     # [rows Hkv, G m, D], [rows Hkv, n, D]
-                out, at_v = outs[:, :, :, here].flatten(0, 1).flatten(1, 2), values[..., seen, :].flatten(0, 2)
-                p = _probabilities(queries[:, :, :, here], keys[..., seen, :], seen, here, ctx.window, bias)
+                at, at_k, at_v, out = _flat(queries, here), _flat(keys, seen), _flat(values, seen), _flat(outs, here)
+                p = _probabilities(at, at_k, grid, seen, here, ctx.window, bias)
                 d_scores = torch.ops.aten._softmax_backward_data(torch.bmm(out, at_v.transpose(1, 2)), p, -1, p.dtype)
-                found[:, :, :, here] = torch.baddbmm(at, d_scores, at_k, beta=0, alpha=scale).view(found[:, :, :, here].shape)
+                found[..., here, :] = torch.baddbmm(at, d_scores, at_k, beta=0, alpha=scale).view(found[..., here, :].shape)
                 found_k[..., seen, :] += torch.baddbmm(at_k, d_scores.transpose(1, 2), at, beta=0, alpha=scale).view(found_k[..., seen, :].shape)
                 found_v[..., seen, :] += torch.bmm(p.transpose(1, 2), out).view(found_v[..., seen, :].shape)
             for x, d_x in ((found, d_q), (found_k, d_k), (found_v, d_v)):
-                _collect(x, grid, d_x[grid.tokens])
+                _collect(x, grid, d_x)
         return d_q, d_k, d_v, None, None, None
 
 
-def _spread(x: torch.Tensor, grid: Grid, n_kv_heads: int) -> torch.Tensor:
-    """The packed tokens of a grid [t, H, D] -> [rows, Hkv, H/Hkv, n, D], zeros behind short rows."""
-    if grid.cells is not None:
-        x = x.new_zeros(grid.n_rows * grid.longest, *x.shape[1:]).index_copy_(0, grid.cells, x)
-    return x.view(grid.n_rows, grid.longest, n_kv_heads, -1, x.shape[-1]).permute(0, 2, 3, 1, 4).contiguous()
+def _spread(grid: Grid, q: torch.Tensor, k: torch.Tensor, *more: torch.Tensor) -> list[torch.Tensor]:
+    """The packed tokens of a grid [t, H, D], each -> [rows, Hkv, H/Hkv, n, D], zeros behind short rows."""
+    spread = []
+    for x in (q, k, *more):
+        x = x[grid.tokens]
+        if grid.cells is not None:
+            x = x.new_zeros(grid.n_rows * grid.longest, *x.shape[1:]).index_copy_(0, grid.cells, x)
+        x = x.view(grid.n_rows, grid.longest, k.shape[1], -1, x.shape[-1]).permute(0, 2, 3, 1, 4)
+        spread.append(x.contiguous() if x.shape[2] == 1 else x)     # keys and values are read by every stretch
+    return spread
 
 
 def _collect(x: torch.Tensor, grid: Grid, out: torch.Tensor) -> None:
-    """The reverse of _spread, into out."""
-    x = x.permute(0, 3, 1, 2, 4).reshape(-1, *out.shape[1:])
+    """The reverse of _spread, into the grid's place in out."""
+    x, out = x.permute(0, 3, 1, 2, 4).reshape(-1, *out.shape[1:]), out[grid.tokens]
     out.copy_(x if grid.cells is None else x[grid.cells])
+
+
+def _flat(x: torch.Tensor, part: slice) -> torch.Tensor:
+    """[rows, Hkv, G, n, D] -> a stretch of n as products take it: [rows Hkv, G m, D]."""
+    return x[..., part, :].flatten(2, 3).flatten(0, 1)
 
 
 def _stretches(n: int, window: int | None) -> list[tuple[slice, slice]]:
@@ -187,17 +195,15 @@ def _stretches(n: int, window: int | None) -> list[tuple[slice, slice]]:
     return [(slice(0 if window is None else max(0, start - window + 1), end), slice(start, end)) for start, end in itertools.pairwise(ends)]
 
 
-def _probabilities(q, k, seen: slice, here: slice, window: int | None, bias: torch.Tensor | None) -> torch.Tensor:
-    """[rows Hkv, G m, keys] from q [rows, Hkv, G, m, D] and k [rows, Hkv, 1, keys, D]: the stretch `here` of a row's queries on its keys `seen`."""
-    rows, n_kv_heads, group, m, d = q.shape
-    scores = torch.baddbmm(q.new_empty(()), q.flatten(0, 1).flatten(1, 2), k.flatten(0, 2).transpose(1, 2), beta=0, alpha=d ** -0.5)
-    table = scores.view(rows, n_kv_heads, group, m, -1)
+def _probabilities(q, k, grid: Grid, seen: slice, here: slice, window: int | None, bias: torch.Tensor | None) -> torch.Tensor:
+    """[rows Hkv, G m, keys] from q [rows Hkv, G m, D] and k [rows Hkv, keys, D]: the stretch `here` of a row's queries on its keys `seen`."""
+    m, n_keys = here.stop - here.start, seen.stop - seen.start
+    scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
+    table = scores.view(grid.n_rows, -1, m, n_keys)                                                 # [rows, H, m, keys]
     if bias is not None:
-        table += bias[:, here, seen].to(q.dtype).unflatten(0, (n_kv_heads, group))
+        table += bias[:, here, seen].to(q.dtype)
     else:
-        hidden = torch.full((m, m), -math.inf, dtype=q.dtype, device=q.device)
-        table[..., here.start - seen.start:] += hidden.triu(1)
+        table[..., here.start - seen.start:] += torch.full((m, m), -math.inf, dtype=q.dtype, device=q.device).triu(1)
     if window is not None and here.stop - seen.start > window:
-        hidden = torch.full((m, table.shape[-1]), -math.inf, dtype=q.dtype, device=q.device)
-        table += hidden.tril(here.start - seen.start - window)
+        table += torch.full((m, n_keys), -math.inf, dtype=q.dtype, device=q.device).tril(here.start - seen.start - window)
     return scores.softmax(-1)

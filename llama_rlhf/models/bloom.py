@@ -8,6 +8,8 @@ On disk q, k and v are fused head by head; file names occur with and without the
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from llama_rlhf.config import ModelConfig
 from llama_rlhf.models.family import Family, Source
 
@@ -36,22 +38,22 @@ def write_hf(config: ModelConfig) -> dict:
             "tie_word_embeddings": config.tie_embeddings}
 
 
-SWITCHES = dict(positions="alibi", norm="layer", mlp="gelu", linear_bias=True, qkv_bias=True, embedding_norm=True)
+SWITCHES: dict = dict(positions="alibi", norm="layer", mlp="gelu", linear_bias=True, qkv_bias=True, embedding_norm=True)
 
 # every tensor has a weight and a bias, but for the embedding
 NAMES = {
     "tok_embeddings.weight": Source("transformer.word_embeddings.weight"),
     "output.weight": Source("lm_head.weight"),
-    **{f"{native}.{kind}": Source(f"transformer.{foreign}.{kind}", **more) for native, foreign, more in (
-        ("tok_norm", "word_embeddings_layernorm", {}),
-        ("layers.{n}.attention_norm", "h.{n}.input_layernorm", {}),
-        *((f"layers.{{n}}.attention.w{x}", "h.{n}.self_attention.query_key_value", dict(part=i, parts=3, by_head=True))
+    **{f"{native}.{kind}": replace(source, name=f"transformer.{source.name}.{kind}") for native, source in (
+        ("tok_norm", Source("word_embeddings_layernorm")),
+        ("layers.{n}.attention_norm", Source("h.{n}.input_layernorm")),
+        *((f"layers.{{n}}.attention.w{x}", Source("h.{n}.self_attention.query_key_value", part=i, parts=3, by_head=True))
           for i, x in enumerate("qkv")),
-        ("layers.{n}.attention.wo", "h.{n}.self_attention.dense", {}),
-        ("layers.{n}.ffn_norm", "h.{n}.post_attention_layernorm", {}),
-        ("layers.{n}.feed_forward.w1", "h.{n}.mlp.dense_h_to_4h", {}),
-        ("layers.{n}.feed_forward.w2", "h.{n}.mlp.dense_4h_to_h", {}),
-        ("norm", "ln_f", {}),
+        ("layers.{n}.attention.wo", Source("h.{n}.self_attention.dense")),
+        ("layers.{n}.ffn_norm", Source("h.{n}.post_attention_layernorm")),
+        ("layers.{n}.feed_forward.w1", Source("h.{n}.mlp.dense_h_to_4h")),
+        ("layers.{n}.feed_forward.w2", Source("h.{n}.mlp.dense_4h_to_h")),
+        ("norm", Source("ln_f")),
     ) for kind in ("weight", "bias")},
 }
 

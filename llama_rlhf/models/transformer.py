@@ -8,6 +8,7 @@ Families differ by switches of ModelConfig, never by name.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -87,7 +88,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"))
         self.eps = eps
-        self.partial = ("weight",) if partial else ()    # used on this rank's heads only: its gradient is a part
+        self.partial: tuple[str, ...] = ("weight",) if partial else ()    # used on this rank's heads only: its gradient is a part
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not x.is_cuda and (torch.is_grad_enabled() or x.numel() > _NORM_CELLS) and not torch.compiler.is_compiling():
@@ -103,6 +104,7 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"))
         self.bias = nn.Parameter(torch.empty(size, dtype=dtype, device="meta"))
         self.eps = eps
+        self.partial: tuple[str, ...] = ()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
@@ -187,7 +189,8 @@ class Attention(nn.Module):
         mapping = partition.kv_of_query(rank)
         uniform = not self.n_heads or self.n_heads % self.n_kv_heads == 0 and \
             mapping == [h // (self.n_heads // self.n_kv_heads) for h in range(self.n_heads)]
-        self.kv_of_query, self._kv_of_query = None if uniform else mapping, None
+        self.kv_of_query = None if uniform else mapping
+        self._kv_of_query: torch.Tensor | None = None
         self.n_cache_heads = self.n_kv_heads if uniform else self.n_heads
 
     def forward(self, x: torch.Tensor, rows: Rows, places: Places, cache: KVCache | None, layer: int, at: torch.Tensor | None = None) -> torch.Tensor:
@@ -195,7 +198,7 @@ class Attention(nn.Module):
         qkv = self.wqkv(x, places.split).unflatten(-1, (self.n_heads + 2 * self.n_kv_heads, self.head_dim))   # [T, H + 2 Hkv, D]
         if places.turn is None:
             q, k, v = qkv.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], 1)
-        elif self.q_norm is not None:
+        elif self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], 1)
             q, k = apply_rotary(self.q_norm(q), places.turn), apply_rotary(self.k_norm(k), places.turn)
         else:
@@ -281,11 +284,10 @@ class Block(nn.Module):
         self.attention_norm = norm(config.dim, config.norm_eps, dtype)
         self.attention = Attention(config, partition, lora, dtype, layer)
         self.ffn_norm = norm(config.dim, config.norm_eps, dtype)
-        if config.n_experts:
-            self.feed_forward = MixtureOfExperts(config, partition, dtype)
-        else:
-            self.feed_forward = {"swiglu": SwiGLU, "gelu": GeluMLP}[config.mlp](config, partition, lora, dtype)
-        self.recompute_mlp, self.compiled_mlp = False, None
+        self.feed_forward: nn.Module = MixtureOfExperts(config, partition, dtype) if config.n_experts else \
+            {"swiglu": SwiGLU, "gelu": GeluMLP}[config.mlp](config, partition, lora, dtype)
+        self.recompute_mlp = False
+        self.compiled_mlp: Callable | None = None
 
     def forward(self, x, rows, places, cache, layer, at=None):
         """at: the tokens that something is asked of behind this block: all see each other, but only these go on."""
@@ -356,13 +358,13 @@ class Transformer(nn.Module):
     def recompute(self, what: str) -> None:
         """What backward computes again instead of keeping it: see `recompute_period`."""
         self.recompute_every = recompute_period(what)
-        for block in self.layers:
+        for block in self.blocks:
             block.recompute_mlp = what == "mlp"
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Training passes run every block's norm and feed-forward through torch.compile, one program for all lengths: its elementwise parts are
         fused. Attention, whose rows differ from pass to pass, and generation stay as they are."""
-        for block in self.layers:
+        for block in self.blocks:
             block.compiled_mlp = torch.compile(block._mlp, dynamic=True, backend=backend)
 
     def sequence_parallel(self, on: bool = True) -> None:
@@ -370,7 +372,7 @@ class Transformer(nn.Module):
         keeps of them (see parallel.regions). Generation stays as it is. Call before a Trainer is made: more gradients are sums over ranks."""
         self.splits_tokens = on and groups.tp_size() > 1
         for module in self.modules() if self.splits_tokens else ():
-            if isinstance(module, tuple(NORMS.values())):
+            if isinstance(module, (RMSNorm, LayerNorm)):
                 module.partial = tuple(module._parameters)
             elif isinstance(module, RowParallelLinear) and module.bias is not None:
                 module.layout["bias"] = tuple(replace(piece, partial=True) for piece in module.layout["bias"])
@@ -399,6 +401,7 @@ class Transformer(nn.Module):
         A row that comes whole, prompt and response, gets the stretch it was generated with: its log-probabilities are the sampler's.
         """
         if cache is not None and cache.decoding:
+            assert cache.stretch is not None
             return stretched_frequencies(frequencies, cache.stretch[:len(rows.lengths)])
         device = rows.positions.device
         stretch = torch.tensor([ntk_stretch(n, trained) for n in rows.prompts or rows.lengths], device=device)
@@ -418,8 +421,13 @@ class Transformer(nn.Module):
         return 2 * self.config.n_layers * n_slots * self.n_cache_heads * max_len * self.config.head_dim * self.dtype.itemsize
 
     @property
+    def blocks(self) -> list[Block]:
+        """`layers`, as what they are."""
+        return [block for block in self.layers if isinstance(block, Block)]
+
+    @property
     def n_cache_heads(self) -> int:
-        return self.layers[0].attention.n_cache_heads
+        return self.blocks[0].attention.n_cache_heads
 
     @property
     def vocab_start(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
@@ -138,7 +140,7 @@ class ReplicaSum:
         _copy_out(flat, grads)
 
 
-def copy_from_replicas(tensors: list[torch.Tensor], owners: list[int]) -> None:
+def copy_from_replicas(tensors: Sequence[torch.Tensor], owners: list[int]) -> None:
     """Give every data-parallel replica the values that each tensor has on the replica that owns it, bit for bit, in buffers."""
     for owner in range(groups.dp_size() if groups.dp_size() > 1 else 0):
         source = dist.get_global_rank(groups.dp_group(), owner)

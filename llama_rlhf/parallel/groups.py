@@ -109,11 +109,22 @@ def keep_freed_memory() -> None:
             mallopt(-1, (1 << 31) - 1)          # M_TRIM_THRESHOLD
 
 
-def release_freed_memory() -> None:
-    """Give freed pages back to the system (see keep_freed_memory)."""
-    if _state["device"].type == "cpu":
+def release_freed_memory(*, always: bool = False) -> None:
+    """Give freed pages back to the system (see keep_freed_memory), if it has less left than this process holds, or always.
+
+    A training step that must fetch all its pages anew takes much longer.
+    """
+    if _state["device"].type == "cpu" and (always or free_memory() < _resident_memory()):
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident_memory() -> int:
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def free_memory() -> int:

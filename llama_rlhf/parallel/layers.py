@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import platform
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,7 @@ def replicated(name: str, shape: tuple[int, ...], rows: Range | None = None, par
     return Piece(name, rows or (0, shape[0]), tuple(shape), partial=partial)
 
 
+_grouped_mm: Any = getattr(F, "grouped_mm", None)       # older torch has none
 _ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -114,18 +116,36 @@ class _SplitLinear(torch.autograd.Function):
         if needs[0]:
             dx = dy @ weight
             dx = reduce_scatter_tokens(dx if a is None else dx.addmm_(du, a))
-        whole = all_gather_tokens(x, ctx.n) if needs[2] or a is not None else None
-        return (dx, None, dy.t() @ whole if needs[2] else None, dy.sum(0) if needs[3] else None,
-                None if a is None else du.t() @ whole, None if a is None else dy.t() @ F.linear(whole, a))
+        d_weight = d_a = d_b = None
+        if needs[2] or du is not None:
+            whole = all_gather_tokens(x, ctx.n)
+            d_weight = dy.t() @ whole if needs[2] else None
+            if du is not None:
+                d_a, d_b = du.t() @ whole, dy.t() @ F.linear(whole, a)
+        return dx, None, d_weight, dy.sum(0) if needs[3] else None, d_a, d_b
 
 
-def _factors(module: nn.Module, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of a module as _AdaptedLinear takes them. Its `sizes`: how the rows of B divide among the projections."""
+class ParallelLinear(nn.Module):
+    """What the two kinds of linear layer below have in common. held: the copy of the weight that generation multiplies by."""
+
+    layout: dict[str, tuple[Piece, ...]]
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    lora: Lora | None
+    lora_a: nn.Parameter | None
+    lora_b: nn.Parameter | None
+    sizes: list[int]            # how the rows of B divide among the projections
+    held: torch.Tensor | None
+
+
+def _factors(module: ParallelLinear, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of a module as _AdaptedLinear takes them."""
+    assert module.lora is not None and module.lora_a is not None and module.lora_b is not None
     b = (module.lora_b * module.lora.scale).to(dtype)
     return module.lora_a.to(dtype), torch.block_diag(*b.split(module.sizes)) if len(module.sizes) > 1 else b
 
 
-def _multiply(module: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _multiply(module: ParallelLinear, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [T, in] -> [T, out]: this rank's part of a linear layer, its adapter included."""
     if module.held is not None:
         return product(x, module.held, bias)
@@ -148,9 +168,10 @@ def held(weight: torch.Tensor, n_rows: int) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), n_rows)
 
 
-def _copied(model: nn.Module) -> list[nn.Module]:
+def _copied(model: nn.Module) -> list[ParallelLinear]:
     """The linear layers of the blocks that get a copy; the head is the caller's, who multiplies by it."""
-    return [module for module in model.layers.modules() if hasattr(module, "held") and (module.lora_a is not None or _is_packed(module.weight))]
+    return [module for module in model.get_submodule("layers").modules()
+            if isinstance(module, ParallelLinear) and (module.lora_a is not None or _is_packed(module.weight))]
 
 
 def bytes_held(model: nn.Module, head: torch.Tensor) -> int:
@@ -168,7 +189,7 @@ def weights_held(model: nn.Module, n_rows: int):
     if sum(module.weight.nbytes for module in copied) > groups.free_memory() / 2:
         copied = []
     for module in copied:
-        weight = module.weight
+        weight: torch.Tensor = module.weight
         if module.lora_a is not None:
             a, b = _factors(module, torch.float32)
             weight = torch.addmm(weight.detach().float(), b, a).to(weight.dtype)
@@ -180,7 +201,7 @@ def weights_held(model: nn.Module, n_rows: int):
             module.held = None
 
 
-class ColumnParallelLinear(nn.Module):
+class ColumnParallelLinear(ParallelLinear):
     """[.., in] replicated -> [.., sum of this rank's rows]. Several projections of the same input, cut on the output.
 
     parts: (native name, kind of cut, full output size) for each projection; biases and adapters are cut alike.
@@ -190,7 +211,7 @@ class ColumnParallelLinear(nn.Module):
                  lora: Lora | None = None, dtype: torch.dtype):
         super().__init__()
         r = groups.tp_rank()
-        self.layout: dict[str, tuple[Piece, ...]] = {}
+        self.layout = {}
         self.sizes = [partition.held[kind][r][1] - partition.held[kind][r][0] for _, kind, _ in parts]
         offsets = [sum(self.sizes[:i]) for i in range(len(parts) + 1)]
 
@@ -225,7 +246,7 @@ class ColumnParallelLinear(nn.Module):
         return _SplitLinear.apply(x, n_tokens, self.weight, self.bias, *((None, None) if self.lora_a is None else _factors(self, x.dtype)))
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(ParallelLinear):
     """[.., this rank's part of the input] -> [.., out] replicated: cut on the input, one all-reduce, adapter included.
 
     The bias is replicated and added once, after the reduce: its gradient is complete on every rank.
@@ -297,8 +318,8 @@ class ParallelExperts(nn.Module):
         w2 = self.w2.view(self.n_experts, self.dim, self.width)
         if _has_grouped_mm(x, self.width):
             ends = counts.cumsum(0, dtype=torch.int32)
-            gate, up = F.grouped_mm(x, w13.mT, offs=ends).chunk(2, -1)
-            return F.grouped_mm(F.silu(gate) * up, w2.mT, offs=ends)
+            gate, up = _grouped_mm(x, w13.mT, offs=ends).chunk(2, -1)
+            return _grouped_mm(F.silu(gate) * up, w2.mT, offs=ends)
         out = []
         # unbind once: indexing inside the loop would make backward build one full-size gradient per expert
         for rows, expert13, expert2 in zip(x.split(counts.tolist()), w13.unbind(), w2.unbind()):
@@ -311,7 +332,7 @@ class ParallelExperts(nn.Module):
 def _has_grouped_mm(x: torch.Tensor, width: int) -> bool:
     """Whether one kernel can multiply all experts: bf16 on Hopper or later, rows of 16 bytes."""
     return x.is_cuda and x.dtype == torch.bfloat16 and x.shape[-1] % 8 == 0 and width % 8 == 0 and width > 0 \
-        and hasattr(F, "grouped_mm") and torch.cuda.get_device_capability(x.device) >= (9, 0)
+        and _grouped_mm is not None and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -53,7 +53,7 @@ class SharedMemoryGroup:
         self.rank, self.size, self.timeout_seconds = dist.get_rank(group), dist.get_world_size(group), timeout_seconds
         n_bytes = self.size * _COUNTER_STRIDE * 8 + 2 * self.size * _SLOT_BYTES
         first = dist.get_global_rank(group, 0)
-        box = [None]
+        box: list = [None]
         if self.rank == 0:
             descriptor, path = tempfile.mkstemp(prefix="llama_rlhf-", dir="/dev/shm")
             try:
@@ -69,7 +69,7 @@ class SharedMemoryGroup:
             descriptor = os.open(box[0], os.O_RDWR)
         self._map = mmap.mmap(descriptor, n_bytes)
         os.close(descriptor)
-        self._pids = [None] * self.size
+        self._pids: list = [None] * self.size
         dist.all_gather_object(self._pids, os.getpid(), group=group)
         if self.rank == 0:
             os.unlink(box[0])           # mapped by all: the name is no longer needed, and nothing is left behind by a crash

@@ -39,7 +39,7 @@ class Watch(threading.Thread):
         super().__init__(daemon=True, name="watch")
         self.store, self.rank, self.world, self.timeout_seconds, self.progress = store, rank, world, timeout_seconds, progress
         self.period = min(5.0, max(0.5, timeout_seconds / 20))
-        self._main, self._end = threading.main_thread().ident, threading.Event()
+        self._main, self._end = threading.main_thread().ident or 0, threading.Event()
 
     def run(self) -> None:
         last, since, told, posts = None, time.monotonic(), False, 0

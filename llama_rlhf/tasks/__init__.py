@@ -82,6 +82,8 @@ def import_file(path):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
     spec = importlib.util.spec_from_file_location(os.path.splitext(os.path.basename(path))[0], path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path}: not a Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

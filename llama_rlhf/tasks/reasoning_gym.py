@@ -22,6 +22,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 
 from llama_rlhf.records import Records
 from llama_rlhf.tasks import Problem, scored
@@ -96,15 +97,17 @@ class ReasoningGym:
                                              env={**os.environ, "PYTHONHASHSEED": "0"})
             if request[0] != "open":
                 self._ask("open", self.name, self.settings)
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
         try:
-            pickle.dump(request, self._process.stdin)
-            self._process.stdin.flush()
-            kind, value = pickle.load(self._process.stdout)
+            pickle.dump(request, process.stdin)
+            process.stdin.flush()
+            kind, value = pickle.load(process.stdout)
         except (EOFError, BrokenPipeError):
-            self._process.wait()
+            process.wait()
             if request[0] == "score":
                 return 0.0
-            raise RuntimeError(f"the process that makes {self.name}'s problems ended with code {self._process.returncode}") from None
+            raise RuntimeError(f"the process that makes {self.name}'s problems ended with code {process.returncode}") from None
         if kind == "error":
             raise ValueError(value)
         return value
@@ -118,14 +121,15 @@ def serve():
     """Answer requests on stdin until it ends. Only this process imports the package."""
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)       # what a dataset prints is no answer
-    state = {}
+    commands: dict[str, Callable] = {"open": _open, "make": _make, "score": _score}
+    state: dict = {}
     while True:
         try:
             command, *arguments = pickle.load(requests)
         except EOFError:
             return
         try:
-            answer = "ok", {"open": _open, "make": _make, "score": _score}[command](state, *arguments)
+            answer = "ok", commands[command](state, *arguments)
         except Exception as error:      # noqa: BLE001  of a package with a hundred authors; the other side raises it
             answer = "error", f"reasoning_gym:{state.get('name', arguments[0])}: {type(error).__name__}: {error}" if type(error) is not ValueError else str(error)
         pickle.dump(answer, answers)
