@@ -11,7 +11,7 @@
 # What the largest rank needs, as `EXTRA="--device cpu" PLAN=1 MODEL_SIZE=... NPROC=... bash examples/qwen_lora.sh` prints it:
 #
 #   MODEL_SIZE, NPROC      solver_train   ppo_train (grpo)
-#   7B, 1                     17.184 GB          32.218 GB
+#   7B, 1                     17.200 GB          31.911 GB
 #   7B, 2                      9.017 GB          16.267 GB
 #   14B, 4                     9.691 GB          16.226 GB
 #   72B, 8                    23.675 GB          38.525 GB

@@ -169,7 +169,7 @@ def _doctor(toy, mistake):
         rows[2].tokens.pop()
     elif mistake == "cache":
         forward = type(model).forward
-        model.forward = lambda tokens, rows, cache=None: forward(model, tokens, rows, cache) * (1.0 if cache is None else 1.1)
+        model.forward = lambda tokens, rows, cache=None, at=None: forward(model, tokens, rows, cache, at) * (1.0 if cache is None else 1.1)
     elif mistake == "adapters":
         factors = layers._factors
         layers._factors = lambda module, dtype: (factors(module, dtype)[0], factors(module, dtype)[1] + 1e-4)
