@@ -87,10 +87,7 @@ def run(main):
         _end_progress_lines()
         if _is_user_error(e):
             rank = f"[rank {_rank()}] " if _world_size() > 1 else ""
-            said = str(e)
-            if isinstance(e, OSError) and e.strerror:       # not python's "[Errno 2] No such file or directory: 'a'"
-                said = f"{e.filename}: {e.strerror}" if e.filename else e.strerror
-            print(f"{rank}error: {said or type(e).__name__}", file=sys.stderr)
+            print(f"{rank}error: {sentence(e)}", file=sys.stderr)
         elif isinstance(e, ModuleNotFoundError) and e.name in REQUIRED:
             print(f"error: {e.name} is not installed for {sys.executable}. Activate the environment that has it, as in `. .venv/bin/activate`, or install it with the "
                   "others: pip install -c constraints.txt -e .", file=sys.stderr)
@@ -400,6 +397,13 @@ def _is_user_error(e):
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return True
     return isinstance(e, (ValueError, FloatingPointError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError))
+
+
+def sentence(e):
+    """What an error says; of the system's, not python's "[Errno 2] No such file or directory: 'a'"."""
+    if isinstance(e, OSError) and e.strerror:
+        return f"{e.filename}: {e.strerror}" if e.filename else e.strerror
+    return str(e) or type(e).__name__
 
 
 def _end_progress_lines():

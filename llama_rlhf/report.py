@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from llama_rlhf.cli import sentence
 from llama_rlhf.curves import COLOURS, NOTES, PANELS, REST, as_svg, curves_of, series, write_png
 from llama_rlhf.scoring import compare_paired
 
@@ -61,7 +62,10 @@ def read_run(path: str, name: str) -> Run:
     marks = ("metrics.jsonl", "metrics.json")
     folder = next((f for f in (path, os.path.join(path, "log")) if any(os.path.isfile(os.path.join(f, mark)) for mark in marks)), None)
     if folder is None:
-        raise FileNotFoundError(f"{path}: neither metrics.jsonl nor metrics.json is there or in its log folder. Give the save_dir or log_dir of a run.")
+        within = [name for name in (sorted(os.listdir(path)) if os.path.isdir(path) else []) if any(
+            os.path.isfile(os.path.join(path, name, log, mark)) for log in ("", "log") for mark in marks)]
+        raise FileNotFoundError(f"{path}: neither metrics.jsonl nor metrics.json is there or in its log folder. Give the save_dir or log_dir of a run"
+                                + (f", such as {os.path.join(path, within[0])}; this folder holds {', '.join(within)}" if within else ""))
     if os.path.isfile(os.path.join(folder, "metrics.jsonl")):
         about = _read_json(os.path.join(folder, "run.json"))
         found = [(int(match[1]), file) for file in os.listdir(folder) if (match := re.fullmatch(r"samples-(\d+)\.jsonl", file))]
@@ -308,7 +312,7 @@ def main(words: list[str] | None = None) -> None:
         out = given.out or ("report.html" if len(given.runs) > 1 else os.path.join(read_run(given.runs[0], "").folder, "report.html"))
         print(write(given.runs, out))
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {sentence(error)}")
 
 
 if __name__ == "__main__":

@@ -148,6 +148,8 @@ def test_what_a_continued_run_has_superseded_does_not_count(tmp_path, world_of_o
     assert series(report.read_run(str(run), ""), "train", "loss") == ((1,), (7.0,)), "started anew: nothing of the earlier runs"
     with pytest.raises(FileNotFoundError, match="neither metrics.jsonl nor metrics.json"):
         report.read_run(str(tmp_path), "")
+    with pytest.raises(FileNotFoundError, match=f"such as {tmp_path}/run; this folder holds run$"):
+        report.read_run(str(tmp_path), "")
 
 
 def test_small_things():
