@@ -235,9 +235,10 @@ def main(
                               whiten_rewards=whiten_rewards, bootstrap_truncated=bootstrap_truncated)
         if lora_rank == 0 or lora_rank < -1:
             raise ValueError(f"--lora_rank {lora_rank}: use -1 to train all weights, or a rank such as 16")
-        if min(max_batch_size, max_buffer_size, inner_epochs, epochs, max_new_tokens, rollout_batch_size, eval_batch_size) < 1:
-            raise ValueError("--max_batch_size, --max_buffer_size, --inner_epochs, --epochs, --max_new_tokens, --rollout_batch_size and "
-                             "--eval_batch_size must be at least 1")
+        cli.check_range(1, max_batch_size=max_batch_size, max_buffer_size=max_buffer_size, inner_epochs=inner_epochs, epochs=epochs, max_new_tokens=max_new_tokens,
+                        rollout_batch_size=rollout_batch_size, eval_batch_size=eval_batch_size, max_iterations=chosen(max_iterations))
+        cli.check_range(0, weight_decay=weight_decay, max_grad_norm=max_grad_norm, critic_warmup=chosen(critic_warmup))
+        cli.check_range(0, 1, warmup_ratio=warmup_ratio)
         if max_buffer_size % num_samples_per_prompt:
             raise ValueError(f"--max_buffer_size {max_buffer_size} is not a multiple of --num_samples_per_prompt {num_samples_per_prompt}")
         if temperature <= 0:
@@ -245,9 +246,6 @@ def main(
         for name, lr in (("actor_lr", actor_lr), ("critic_lr", critic_lr)):
             if lr != -1 and lr <= 0:
                 raise ValueError(f"--{name} {lr} must be positive, or -1 for the default")
-        if not 0 <= warmup_ratio <= 1 or max_iterations < 1 and max_iterations != -1 or critic_warmup < -1:
-            raise ValueError(f"--warmup_ratio {warmup_ratio} must lie between 0 and 1, --max_iterations {max_iterations} be at least 1 (or -1), "
-                             f"--critic_warmup {critic_warmup} at least 0 (or -1)")
         check_options(optimizer_precision, zero, {groups.default_dtype(dtype)}, activation_checkpointing, compile)
         if not (rule_weight or reward_function or reward_model_ckpt_dir and reward_model_weight):
             raise ValueError("no reward: give --reward_model_ckpt_dir, --reward_function or a --rule_weight")
@@ -369,7 +367,8 @@ def main(
     if start:
         run_log.resumed(start)
     run_log.write(f"{len(fitting)} prompts of {train_file}" + (f" ({len(prompts) - len(fitting)} too long, dropped)" if len(fitting) < len(prompts) else "")
-                  + f"; {iterations} iterations of {n_prompts} prompts x {num_samples_per_prompt} responses, {steps_each} optimizer steps each; {algorithm}; "
+                  + f"; {iterations} iterations" + (f" (--epochs {epochs} has no more)" if max_iterations > iterations and not replay else "")
+                  + f" of {n_prompts} prompts x {num_samples_per_prompt} responses, {steps_each} optimizer steps each; {algorithm}; "
                   f"{groups.tp_size()} tensor-parallel x {groups.dp_size()} data-parallel ranks, {train_dtype}\n"
                   f"actor: {actor_trainer.describe()}" + (f"\ncritic: {critic_trainer.describe()}" if critic_trainer else "")
                   + f"\nweights of {', '.join(roles.all())}: {roles.n_bytes() / 1e9:.2f} GB on this rank" + (f"\nresumed after iteration {start}" if start else ""))

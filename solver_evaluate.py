@@ -81,16 +81,17 @@ def main(
         timeout_seconds: longest wait in a collective before the run ends with an error
         compare: instead of evaluating: log_dirs of earlier evaluations on the same problems, to set side by side; each is tested against the first
     """
+    from llama_rlhf import cli
+
     if compare:
         from llama_rlhf.comparison import compare_runs
 
         print(compare_runs(compare, 10 if limit == -1 else limit))
         return
     if plan:
-        from llama_rlhf.cli import resolved
         from llama_rlhf.plan import plan_evaluation
 
-        plan_evaluation(resolved).show()
+        plan_evaluation(cli.resolved).show()
         return
     if bool(ckpt_dir) == bool(samples_file):
         raise ValueError("give either --ckpt_dir, the model to evaluate, or --samples_file with answers it gave "
@@ -128,8 +129,7 @@ def main(
         rule = choose_rule(kind, rule)
         if limit == 0 or limit < -1:
             raise ValueError(f"--limit {limit}: use -1 for all problems, or at least 1")
-        if max_batch_size < 1 or max_new_tokens < 1 or num_samples_per_prompt < 1:
-            raise ValueError("--max_batch_size, --max_new_tokens and --num_samples_per_prompt must be at least 1")
+        cli.check_range(1, max_batch_size=max_batch_size, max_new_tokens=max_new_tokens, num_samples_per_prompt=num_samples_per_prompt)
         if samples_file:
             rows = read_samples(samples_file, rule)
             kept = set(sorted({row["id"] for row in rows})[:limit if limit >= 0 else None])
@@ -140,8 +140,8 @@ def main(
             label_file = source_of(kind, "label_file", label_file, "TEST")
             problems = kind.load(label_file)[:limit if limit >= 0 else None]
             tokenizer = load_tokenizer(tokenizer_file or ckpt_dir, chat_format=chat_format)
-            if verifier_ckpt_dir and temperature == 0:
-                raise ValueError("--temperature 0 gives equal answers, among which there is nothing to choose")
+            if num_samples_per_prompt > 1 and temperature == 0:
+                raise ValueError(f"--temperature 0 gives {num_samples_per_prompt} equal answers to a problem: leave out --num_samples_per_prompt, or give --temperature 0.7")
         sampling: dict = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
         Sampling(**sampling)        # refuses what cannot be sampled from
         if verifier_ckpt_dir:
@@ -185,12 +185,11 @@ def main(
         metrics["selection"] = select(rows, verifier.score)
         groups.log(show_selection(metrics["selection"]))
     if groups.is_main():
-        from llama_rlhf.cli import resolved
         peak = memory.n_bytes       # first: planning takes some itself
-        planned = plan_evaluation(resolved, config=config or verifier.config, prompts=[len(prompt) for prompt in prompts])
+        planned = plan_evaluation(cli.resolved, config=config or verifier.config, prompts=[len(prompt) for prompt in prompts])
         metrics["memory"] = planned.beside(peak)
         groups.log(planned.line(peak))
-        store.write_json(written[1], {**metrics, "arguments": resolved, "environment": environment()})
+        store.write_json(written[1], {**metrics, "arguments": cli.resolved, "given": cli.given, "environment": environment()})
     groups.log(f"written: {log_dir}/samples.jsonl and metrics.json")
     if write_report and groups.is_main():
         from llama_rlhf.report import at_the_end

@@ -143,12 +143,14 @@ def main(
             raise ValueError(f"--lora_rank {lora_rank}: use -1 to train all weights, or a rank such as 16")
         if max_batch_size == -1 and max_batch_tokens > 0:
             max_batch_size = max_batch_tokens        # a row has a token at least: only their sum counts
-        if min(max_batch_size, accumulation_steps, epochs, log_steps, eval_batch_size, max_new_tokens) < 1:
-            raise ValueError("--max_batch_size, --accumulation_steps, --epochs, --log_steps, --eval_batch_size and --max_new_tokens must be at least 1")
+        cli.check_range(1, max_batch_size=max_batch_size, accumulation_steps=accumulation_steps, epochs=epochs, log_steps=log_steps, eval_batch_size=eval_batch_size,
+                        max_new_tokens=max_new_tokens)
+        cli.check_range(0, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+        cli.check_range(0, 1, warmup_ratio=warmup_ratio)
         if max_steps != -1 and max_steps < 1:
             raise ValueError(f"--max_steps {max_steps}: use -1 for no limit, or at least 1")
-        if lr != -1 and lr <= 0 or not 0 <= warmup_ratio <= 1:
-            raise ValueError(f"--lr {lr} must be positive (or -1 for the default) and --warmup_ratio {warmup_ratio} between 0 and 1")
+        if lr != -1 and lr <= 0:
+            raise ValueError(f"--lr {lr} must be positive, or -1 for the default")
         check_options(optimizer_precision, zero, {groups.default_dtype(dtype)}, activation_checkpointing, compile)
         check_tracker(tracker)
         companions = companions_folder(tokenizer_file) or ckpt_dir

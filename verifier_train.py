@@ -151,15 +151,14 @@ def main(
             raise ValueError(f"--lora_rank {lora_rank}: use -1 to train all weights, or a rank such as 16")
         if max_batch_size == -1 and max_batch_tokens > 0:
             max_batch_size = max_batch_tokens        # a row has a token at least: only their sum counts
-        if min(max_batch_size, accumulation_steps, epochs, log_steps) < 1:
-            raise ValueError("--max_batch_size, --accumulation_steps, --epochs and --log_steps must be at least 1")
+        cli.check_range(1, max_batch_size=max_batch_size, accumulation_steps=accumulation_steps, epochs=epochs, log_steps=log_steps)
         if max_steps != -1 and max_steps < 1:
             raise ValueError(f"--max_steps {max_steps}: use -1 for no limit, or at least 1")
-        if lr != -1 and lr <= 0 or not 0 <= warmup_ratio <= 1 or not 0 <= held_out < 1:
-            raise ValueError(f"--lr {lr} must be positive (or -1 for the default), --warmup_ratio {warmup_ratio} and --held_out {held_out} "
-                             "between 0 and 1")
-        if min(margin, centre, lm_loss_weight) < 0:
-            raise ValueError("--margin, --centre and --lm_loss_weight cannot be negative")
+        if lr != -1 and lr <= 0:
+            raise ValueError(f"--lr {lr} must be positive, or -1 for the default")
+        cli.check_range(0, 1, warmup_ratio=warmup_ratio)
+        cli.check_range(0, 0.99, held_out=held_out)
+        cli.check_range(0, margin=margin, centre=centre, lm_loss_weight=lm_loss_weight, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
         check_options(optimizer_precision, zero, {groups.default_dtype(dtype)}, activation_checkpointing, compile)
         check_tracker(tracker)
         companions = companions_folder(tokenizer_file) or ckpt_dir
@@ -213,6 +212,9 @@ def main(
     if kind == "solutions":
         run_log.write(f"{train_file} holds right solutions only. Wrong ones were made by changing the answer and other numbers: a verifier can "
                       "learn from them to check arithmetic. For a policy's own mistakes, give the samples.jsonl of solver_evaluate.py.")
+    if report.correct in (0, report.responses):
+        run_log.write(f"warning: {train_file} holds {'only right' if report.correct else 'no right'} responses, from which a verifier learns nothing but that. "
+                      "Sample answers from a model that is sometimes right and sometimes wrong")
     run_log.write(f"{train_file}, {kind}, loss {loss}: {report}\nheld out, {label_file or train_file}: {held_report}\n{trainer.describe()}\n"
                   f"{groups.tp_size()} tensor-parallel x {groups.dp_size()} data-parallel ranks, {model.dtype}, {total_steps} steps\n"
                   f"first example, judged part in brackets: {show_judged(examples[0], tokenizer)}")

@@ -11,27 +11,6 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 from llama_rlhf import cli  # noqa: E402
 
-# purpose -> flags, in the order of the pages; a flag that stands nowhere here comes last, under "Other"
-PURPOSES = {
-    "What it reads and writes": "ckpt_file save_path ckpt_dir actor_ckpt_dir critic_ckpt_dir reward_model_ckpt_dir verifier_ckpt_dir save_dir actor_save_dir "
-                                "critic_save_dir train_file label_file held_out samples_file log_dir task inspect diff compare",
-    "The model": "model_type tokenizer_file chat_format use_chat_template system_prompt dtype",
-    "Shards and formats": "n format adapter merge_lora max_shard_gb",
-    "Batches and length": "max_batch_size max_batch_tokens accumulation_steps max_buffer_size minibatch_size rollout_batch_size max_seq_len epochs "
-                          "inner_epochs max_steps max_iterations limit",
-    "What is trained": "lora_rank lora_alpha train_on_prompt loss margin centre lm_loss_weight equal_problems",
-    "The optimizer": "lr actor_lr critic_lr lr_schedule warmup_ratio critic_warmup weight_decay max_grad_norm skip_grad_norm_above optimizer_precision zero",
-    "The algorithm": "algorithm num_samples_per_prompt kl_coef kl_target kl_horizon gamma lam clip clip_high dual_clip value_clip entropy_coef "
-                     "whiten_rewards target_kl",
-    "The reward": "rule_weight rule reward_model_weight reward_function normalize_scores bad_score min_response_tokens bootstrap_truncated",
-    "Sampling": "temperature top_k top_p min_p max_new_tokens stop",
-    "Evaluation": "eval_steps eval_batch_size perplexity",
-    "Saving and continuing": "save_steps keep_last resume save_rollouts replay seed",
-    "Memory": "activation_checkpointing sequence_parallel keep_resident max_cache_gb plan plan_ranks",
-    "Processes and devices": "model_parallel_size device compile cuda_graphs timeout_seconds",
-    "Seeing and checking": "log_steps tracker write_report check_steps doctor validate",
-}
-
 PAGES = {
     "checkpoint_split.py": {
         "example": "python checkpoint_split.py --ckpt_file /models/Llama-2-7b-hf --save_path ckpt/llama-2-7b --n 8",
@@ -106,11 +85,7 @@ def page(script: str) -> str:
     parameters, (summary, descriptions) = cli._parameters(main), cli._read_docstring(main)
     lines = [f"# {script}", "", *(line.replace("|", "\\|") for line in summary.splitlines()), "", "```", more["example"], "```", "", more["more"], "",
              "| it writes | |", "|---|---|", *(f"| {where} | {what} |" for where, what in more["writes"])]
-    left = dict(parameters)
-    for purpose, names in [*PURPOSES.items(), ("Other", "")]:
-        flags = [left.pop(name) for name in names.split() if name in left] if names else list(left.values())
-        if not flags:
-            continue
+    for purpose, flags in cli.by_purpose(parameters):
         lines += ["", f"## {purpose}", "", "| flag | value | default | |", "|---|---|---|---|"]
         for p in flags:
             default = "required" if p.default is p.empty else f"`{cli._show_default(p)}`"

@@ -9,7 +9,8 @@ cd "$(dirname "$0")/.."
 RUN=${RUN:-runs/gsm8k}
 NPROC=${NPROC:-2}
 chat=(); [ "${CHAT:-1}" = 1 ] && chat=(--use_chat_template)
-python=${PYTHON:-.venv/bin/python}
+python=${PYTHON:-}
+[ -n "$python" ] || { python=python3; [ ! -x .venv/bin/python ] || python=.venv/bin/python; }
 torchrun=("$python" -m torch.distributed.run --nproc_per_node "$NPROC")
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 

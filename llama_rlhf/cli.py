@@ -38,6 +38,8 @@ MAX_CONFIG = 1 << 16  # characters; PyYAML reads about 60,000 a second
 resolved: dict = {}  # the arguments of this run, defaults included; filled by run() before main is entered
 given: list = []  # the names of those that the command line or --config named
 
+REQUIRED = ("torch", "fire", "fairscale", "sentencepiece", "safetensors", "tokenizers", "transformers", "jinja2", "numpy", "yaml", "tqdm")     # as in pyproject.toml
+
 TRUE_WORDS, FALSE_WORDS = ("true", "1", "yes"), ("false", "0", "no")
 
 
@@ -85,10 +87,10 @@ def run(main):
         _end_progress_lines()
         if _is_user_error(e):
             rank = f"[rank {_rank()}] " if _world_size() > 1 else ""
-            said = str(e)
-            if isinstance(e, OSError) and e.strerror:       # not python's "[Errno 2] No such file or directory: 'a'"
-                said = f"{e.filename}: {e.strerror}" if e.filename else e.strerror
-            print(f"{rank}error: {said or type(e).__name__}", file=sys.stderr)
+            print(f"{rank}error: {sentence(e)}", file=sys.stderr)
+        elif isinstance(e, ModuleNotFoundError) and e.name in REQUIRED:
+            print(f"error: {e.name} is not installed for {sys.executable}. Activate the environment that has it, as in `. .venv/bin/activate`, or install it with the "
+                  "others: pip install -c constraints.txt -e .", file=sys.stderr)
         elif isinstance(e, RuntimeError) and _LOST.search(str(e)):
             print(f"[rank {_rank()}] error: lost another rank: {e}\nThat rank's own output says why. Complete saves are untouched; the same command continues "
                   "from the newest.", file=sys.stderr)
@@ -284,26 +286,59 @@ def _nearest(name, parameters):
     return f": did you mean --{near[0]}?" if near else ""
 
 
+def check_range(low, high=math.inf, **flags):
+    """ValueError that names the flags whose values lie outside; None is a flag left to its default."""
+    if wrong := [f"--{name} {value}" for name, value in flags.items() if value is not None and not low <= value <= high]:
+        raise ValueError(f"{', '.join(wrong)}: must be at least {low}" + (f" and at most {high}" if high < math.inf else ""))
+
+
 # -- help -------------------------------------------------------------------------------------------------------
+
+# purpose -> flags, in the order of --help and of docs/scripts; a flag that stands nowhere here comes last, under "Other"
+PURPOSES = {
+    "What it reads and writes": "ckpt_file save_path ckpt_dir actor_ckpt_dir critic_ckpt_dir reward_model_ckpt_dir verifier_ckpt_dir save_dir actor_save_dir "
+                                "critic_save_dir train_file label_file held_out samples_file log_dir task inspect diff compare",
+    "The model": "model_type tokenizer_file chat_format use_chat_template system_prompt dtype",
+    "Shards and formats": "n format adapter merge_lora max_shard_gb",
+    "Batches and length": "max_batch_size max_batch_tokens accumulation_steps max_buffer_size minibatch_size rollout_batch_size max_seq_len epochs "
+                          "inner_epochs max_steps max_iterations limit",
+    "What is trained": "lora_rank lora_alpha train_on_prompt loss margin centre lm_loss_weight equal_problems",
+    "The optimizer": "lr actor_lr critic_lr lr_schedule warmup_ratio critic_warmup weight_decay max_grad_norm skip_grad_norm_above optimizer_precision zero",
+    "The algorithm": "algorithm num_samples_per_prompt kl_coef kl_target kl_horizon gamma lam clip clip_high dual_clip value_clip entropy_coef "
+                     "whiten_rewards target_kl",
+    "The reward": "rule_weight rule reward_model_weight reward_function normalize_scores bad_score min_response_tokens bootstrap_truncated",
+    "Sampling": "temperature top_k top_p min_p max_new_tokens stop",
+    "Evaluation": "eval_steps eval_batch_size perplexity",
+    "Saving and continuing": "save_steps keep_last resume save_rollouts replay seed",
+    "Memory": "activation_checkpointing sequence_parallel keep_resident max_cache_gb plan plan_ranks",
+    "Processes and devices": "model_parallel_size device compile cuda_graphs timeout_seconds",
+    "Seeing and checking": "log_steps tracker write_report check_steps doctor validate",
+}
+
+
+def by_purpose(parameters):
+    """[(purpose, its flags)] of those that a script has."""
+    left = dict(parameters)
+    groups = [(purpose, [left.pop(name) for name in names.split() if name in left]) for purpose, names in PURPOSES.items()]
+    return [(purpose, flags) for purpose, flags in [*groups, ("Other", list(left.values()))] if flags]
 
 
 def help_text(main):
-    parameters = _parameters(main).values()
+    groups = by_purpose(_parameters(main))
+    parameters = [p for _, flags in groups for p in flags]
     summary, descriptions = _read_docstring(main)
     required = [p for p in parameters if p.default is p.empty]
-    optional = [p for p in parameters if p.default is not p.empty]
     usage = "".join(f" --{p.name} {type_name(p.annotation).upper()}" for p in required)
-    lines = [f"usage: {_command(launcher='torchrun')}{usage}" + (" [flags]" if optional else "")]
+    lines = [f"usage: {_command(launcher='torchrun')}{usage}" + (" [flags]" if len(parameters) > len(required) else "")]
     if summary:
         lines += ["", summary]
     rows = {p.name: (f"--{p.name}", type_name(p.annotation), _show_default(p)) for p in parameters}
     widths = [max((len(row[i]) for row in rows.values()), default=0) for i in range(3)]
     indent = 2 + sum(widths) + 6
     columns = max(shutil.get_terminal_size((110, 24)).columns, indent + 30)
-    for title, group in (("required:", required), ("flags (with their defaults):", optional)):
-        if group:
-            lines += ["", title]
-        for p in group:
+    for title, flags in groups:
+        lines += ["", title]
+        for p in flags:
             head = "  " + "".join(cell.ljust(width + 2) for cell, width in zip(rows[p.name], widths))
             text = descriptions.get(p.name, "")
             lines.append(textwrap.fill(text, columns, initial_indent=head, subsequent_indent=" " * indent) or head)
@@ -314,7 +349,7 @@ def help_text(main):
 
 def _show_default(parameter):
     if parameter.default is parameter.empty:
-        return ""
+        return "required"
     if parameter.default is None or isinstance(parameter.default, bool):
         return str(parameter.default).lower()
     if isinstance(parameter.default, (list, tuple)):
@@ -362,6 +397,13 @@ def _is_user_error(e):
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return True
     return isinstance(e, (ValueError, FloatingPointError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError))
+
+
+def sentence(e):
+    """What an error says; of the system's, not python's "[Errno 2] No such file or directory: 'a'"."""
+    if isinstance(e, OSError) and e.strerror:
+        return f"{e.filename}: {e.strerror}" if e.filename else e.strerror
+    return str(e) or type(e).__name__
 
 
 def _end_progress_lines():

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from llama_rlhf.report import Run
 
 COLOURS = ("#3b82f6", "#d97706", "#0d9488", "#a855f7", "#db2777", "#78716c", "#16a34a", "#ef4444")      # 3:1 or more on white and on near-black
+REST = "#78716c"            # grey: time that is in no phase
 INK = "#123456"             # stands for the page's text colour until the drawing is in the page
 MAX_POINTS = 400            # of a curve; more are drawn as means of equal stretches
 
@@ -37,6 +38,14 @@ PANELS = (
     ("Time of an iteration", "seconds", (("iteration", "seconds", "all phases"),)),
     ("Peak memory of a process", "GB", (("train", "peak_memory_gb", "so far"), ("iteration", "peak_memory_gb", "so far"))),
 )
+# what a drawing does not say by itself: title, sentence
+NOTES = {
+    "Exact accuracy, share": "Bars: 95 % intervals of the held-out problems.",
+    "KL to the reference, nats per response": "How far the policy has moved; near 0 at the start.",
+    "Explained variance": "1: the critic knows the return; 0: no better than a constant.",
+    "Exact accuracy against score": "From the hollow to the filled dot. To the right and down: the reward is being exploited.",
+    "Right, by predicted probability": "On the dotted line, predictions come true as often as they say.",
+}
 LOGARITHMIC = ("Loss", "Perplexity", "Gradient norm")      # where largest and smallest are more than a factor of 100 apart
 
 
@@ -61,9 +70,13 @@ def draw_lines(axes, panel, runs: list[Run]) -> None:
             steps, values = series(run, kind, name)
             colour, style = (COLOURS[place], "-") if len(runs) == 1 else (run.colour, ("-", "--", ":")[place])
             axes.plot(steps, values, color=colour, linestyle=style, label=label, linewidth=1.4, marker="." if len(values) <= 30 else "", markersize=5)
+            if (kind, name) == ("evaluation", "accuracy") and len(values) <= 60:
+                for record in (record for record in run.of(kind) if record.get("interval")):
+                    axes.plot([record["step"]] * 2, record["interval"], color=colour, linewidth=3, alpha=0.25, solid_capstyle="butt", label="_interval")
     if len(there) > 1:
-        handles = {line.get_label(): line for line in axes.lines}
-        for line in axes.legend(handles.values(), handles, frameon=False, fontsize=8).get_lines():
+        handles = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+        # above the axes: inside, it would cover the curves
+        for line in axes.legend(handles.values(), handles, frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=len(handles)).get_lines():
             line.set(marker="", color=INK if len(runs) > 1 else line.get_color())
     values = [value for line in axes.lines for value in line.get_ydata()]
     if title in LOGARITHMIC and min(values) > 0 and max(values) > 100 * min(values):
@@ -78,7 +91,7 @@ def draw_lines(axes, panel, runs: list[Run]) -> None:
 def draw_against_score(axes, runs: list[Run]) -> None:
     """A path from the hollow to the filled dot. To the right and down: the reward is being exploited."""
     for run in runs:
-        scores, accuracies = thin([(r["score"], r["accuracy"]) for r in run.of("iteration") if r.get("accuracy") is not None and r["score"] is not None], 40)
+        scores, accuracies = thin([(r["score"], r["accuracy"]) for r in run.of("iteration") if r.get("accuracy") is not None and r["score"] is not None], 12)
         axes.plot(scores, accuracies, color=run.colour, linewidth=1, alpha=0.6)
         axes.plot(scores[:1], accuracies[:1], "o", color=run.colour, markerfacecolor="none")
         axes.plot(scores[-1:], accuracies[-1:], "o", color=run.colour)
@@ -99,8 +112,11 @@ def _finish(axes, unit: str, below: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=below in ("iteration", "step"), steps=[1, 2, 5, 10]))
     if unit == "share":
         low, high = axes.get_ylim()
-        axes.set_ylim(max(low, -0.03), min(high, 1.01))
+        axes.set_ylim(max(low, -0.03), min(max(high, low + 0.1), 1.01))
+        axes.set_yticks([tick for tick in axes.get_yticks() if -1e-9 <= tick <= 1 + 1e-9 and axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]])
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    elif axes.get_yscale() == "linear":
+        axes.yaxis.set_major_formatter("{x:g}")         # no offset, no power of ten in the corner
 
 
 def curves_of(runs: list[Run]) -> list[tuple[str, list[Run], list]]:
@@ -152,7 +168,7 @@ def write_png(path: str, curves: list) -> None:
         for part, (script, own, drawn) in zip(figure.subfigures(1, len(curves), squeeze=False).flat, curves):
             for axes, (title, draw) in zip(part.subplots(n_rows, wide, squeeze=False).flat, drawn):
                 draw(axes)
-                axes.set_title(title, fontsize=10)
+                axes.set_title(title, fontsize=10, pad=18 if axes.get_legend() else 6)
             for axes in part.axes[len(drawn):]:
                 axes.set_axis_off()
             part.suptitle(script)

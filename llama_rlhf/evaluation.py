@@ -16,6 +16,7 @@ from llama_rlhf.models.transformer import CausalLM, ValueModel
 from llama_rlhf.parallel import groups
 from llama_rlhf.records import read_records
 from llama_rlhf.reward import pairs_by_label, probability, score_together, show_verifier, verifier_metrics
+from llama_rlhf.runlog import progress_line
 from llama_rlhf.scoring import pass_at_k, selection, wilson_interval
 from llama_rlhf.trainer import response_logprobs
 
@@ -50,10 +51,7 @@ def answer(model: CausalLM, tokenizer, task, problems, prompts: list[list[int]],
     """
     bar = None
     if progress and groups.is_main():
-        import sys
-
-        from tqdm import tqdm
-        bar = tqdm(total=len(problems) * n_samples // groups.dp_size(), unit="answer", mininterval=0.3 if sys.stderr.isatty() else 10.0, dynamic_ncols=True)
+        bar = progress_line(len(problems) * n_samples // groups.dp_size(), "answer")
 
     statistics = Statistics()
 

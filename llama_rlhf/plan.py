@@ -58,6 +58,9 @@ class Plan:
         return {"planned_bytes": self.total, "peak_bytes": peak, "planned": {**self.roles, **({"shared": self.shared} if self.shared else {})}}
 
     def line(self, peak: int) -> str:
+        """Of models smaller than 0.1 GB no ratio: beside them the workspaces of libraries are most of the peak."""
+        if self.total < 1e8:
+            return f"memory of this rank: planned {self.total / 1e6:.1f} MB, peak {peak / 1e6:.1f} MB"
         return f"memory of this rank: planned {self.total / 1e9:.3f} GB, peak {peak / 1e9:.3f} GB ({peak / self.total - 1:+.1%})"
 
 

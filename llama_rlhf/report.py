@@ -21,10 +21,16 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llama_rlhf.curves import COLOURS, PANELS, as_svg, curves_of, series, write_png
+from llama_rlhf.cli import sentence
+from llama_rlhf.curves import COLOURS, NOTES, PANELS, REST, as_svg, curves_of, series, write_png
 from llama_rlhf.scoring import compare_paired
 
 N_ITEMS = 3         # samples shown of each sort
+SHOWN_RATIO = 1e8   # bytes of a plan from which on its ratio to the peak means something: below, the libraries' own workspaces are most of it
+
+# what a run is called above its report
+KINDS = {"solver_train.py": "Fine-tuning", "verifier_train.py": "Reward model", "solver_evaluate.py": "Evaluation", "ppo_train.py": "Reinforcement learning"}
+ALGORITHMS = {"ppo": "PPO", "grpo": "GRPO", "dr_grpo": "Dr. GRPO", "rloo": "RLOO", "reinforce++": "REINFORCE++"}
 
 
 # ---- reading
@@ -37,6 +43,7 @@ class Run:
     script: str
     settings: dict
     environment: dict
+    given: list[str] | None = None      # flags that its command named; the others have their defaults. None: an older run, which did not say
     started: str = ""
     records: list[dict] = field(default_factory=list)                       # lines of metrics.jsonl that count
     answers: list[tuple[str, list[dict]]] = field(default_factory=list)     # ("step 20", rows of samples-20.jsonl), in order
@@ -45,23 +52,31 @@ class Run:
     def of(self, kind: str) -> list[dict]:
         return [record for record in self.records if record["kind"] == kind]
 
+    @property
+    def kind(self) -> str:
+        return ALGORITHMS.get(self.settings.get("algorithm", ""), KINDS.get(self.script, self.script))
+
 
 def read_run(path: str, name: str) -> Run:
     """FileNotFoundError where no run has left anything; ValueError for a file that is not what its name says."""
     marks = ("metrics.jsonl", "metrics.json")
     folder = next((f for f in (path, os.path.join(path, "log")) if any(os.path.isfile(os.path.join(f, mark)) for mark in marks)), None)
     if folder is None:
-        raise FileNotFoundError(f"{path}: neither metrics.jsonl nor metrics.json is there or in its log folder. Give the save_dir or log_dir of a run.")
+        within = [name for name in (sorted(os.listdir(path)) if os.path.isdir(path) else []) if any(
+            os.path.isfile(os.path.join(path, name, log, mark)) for log in ("", "log") for mark in marks)]
+        raise FileNotFoundError(f"{path}: neither metrics.jsonl nor metrics.json is there or in its log folder. Give the save_dir or log_dir of a run"
+                                + (f", such as {os.path.join(path, within[0])}; this folder holds {', '.join(within)}" if within else ""))
     if os.path.isfile(os.path.join(folder, "metrics.jsonl")):
         about = _read_json(os.path.join(folder, "run.json"))
         found = [(int(match[1]), file) for file in os.listdir(folder) if (match := re.fullmatch(r"samples-(\d+)\.jsonl", file))]
-        return Run(name, folder, about["script"], about["arguments"], about["environment"], about["started"],
+        unit = "iteration" if about["script"] == "ppo_train.py" else "step"
+        return Run(name, folder, about["script"], about["arguments"], about["environment"], about.get("given"), about["started"],
                    records_that_count(_read_lines(os.path.join(folder, "metrics.jsonl"))),
-                   [(f"step {step}", _read_lines(os.path.join(folder, file))) for step, file in sorted(found)])
+                   [(f"{unit} {step}", _read_lines(os.path.join(folder, file))) for step, file in sorted(found)])
     about = _read_json(os.path.join(folder, "metrics.json"))
-    metrics = {key: value for key, value in about.items() if key not in ("arguments", "environment")}
+    metrics = {key: value for key, value in about.items() if key not in ("arguments", "environment", "given")}
     samples = os.path.join(folder, "samples.jsonl")
-    return Run(name, folder, "solver_evaluate.py", about["arguments"], about["environment"], records=[{"kind": "evaluation", **metrics}],
+    return Run(name, folder, "solver_evaluate.py", about["arguments"], about["environment"], about.get("given"), records=[{"kind": "evaluation", **metrics}],
                answers=[("", _read_lines(samples))] if os.path.isfile(samples) else [])
 
 
@@ -129,28 +144,39 @@ def seconds_by_phase(run: Run) -> dict[str, float]:
 
 def memory(run: Run) -> dict:
     """Bytes of a process: "planned" and by role where the run recorded a plan, "peak" as measured beside it, or else as its curve has it."""
-    plan = next((record for record in reversed(run.records) if record.get("planned_bytes")), {})
+    plan = next((held for record in reversed(run.records) if (held := record.get("memory") or record).get("planned_bytes")), {})     # an evaluation's stands inside
     peak = plan.get("peak_bytes") or max((record.get("peak_memory_gb") or 0 for record in run.records), default=0) * 1e9
     return {"planned": plan.get("planned_bytes"), "peak": peak, "roles": plan.get("planned") or {}}
 
 
-def headlines(run: Run) -> list[str]:
-    """What a run came to, a phrase for each number."""
+def headlines(run: Run) -> list[tuple[str, str, str]]:
+    """What a run came to, the most telling first: (what was measured, its value or first → last, how to read it)."""
     said, evaluations = [], run.of("evaluation")
     first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
-    for kind, name in (("train", "loss"), ("iteration", "score")):
-        if values := series(run, kind, name, 10**9)[1]:
-            said.append(f"{name} {number(values[0])} → {number(values[-1])}")
     if "accuracy" in last:
         before = f"{first['accuracy']:.1%} → " if len(evaluations) > 1 else ""
-        said.append(f"accuracy {before}{last['accuracy']:.1%} (95 % interval {last['interval'][0]:.1%} to {last['interval'][1]:.1%}; "
-                    f"{last['n_problems']} problems, rule {last['rule']})")
+        said.append(("accuracy", f"{before}{last['accuracy']:.1%}",
+                     f"95 % interval {last['interval'][0]:.1%} to {last['interval'][1]:.1%}; {last['n_problems']} problems, rule {last['rule']}"))
     if chosen := last.get("selection"):
         best = chosen["ways"]["best of n"]
-        said.append(f"best of {chosen['n_samples']} by the verifier {best['accuracy']:.1%} ({best['interval'][0]:.1%} to {best['interval'][1]:.1%})")
+        said.append((f"best of {chosen['n_samples']}", f"{best['accuracy']:.1%}", f"chosen by the verifier; 95 % interval {best['interval'][0]:.1%} to {best['interval'][1]:.1%}"))
     if last.get("pair_accuracy") is not None:
-        said.append(f"pair accuracy {last['pair_accuracy']:.1%} ({last['n_pairs']} pairs of {last['n_problems_with_pairs']} problems)")
+        said.append(("pair accuracy", f"{last['pair_accuracy']:.1%}",
+                     f"held-out pairs whose better response has the higher score; {last['n_pairs']} pairs of {last['n_problems_with_pairs']} problems"))
+    for kind, name, unit in (("iteration", "score", "what is optimised, mean of an iteration"), ("iteration", "kl_sequence", "nats per response, to the reference"),
+                             ("train", "loss", "nats per trained token" if run.script == "solver_train.py" else "")):
+        if values := series(run, kind, name, 10**9)[1]:
+            said.append((name.replace("kl_sequence", "KL"), f"{number(values[0])} → {number(values[-1])}", unit))
     return said
+
+
+def headline(runs: list[Run]) -> str:
+    """The name of the page: what was done, or what is compared."""
+    kinds = list(dict.fromkeys(run.kind for run in runs))
+    names = [run.name for run in runs]
+    if len(runs) == 1:
+        return f"{kinds[0]}: {names[0]}"
+    return f"{', '.join(names[:-1])} and {names[-1]} compared" if len(runs) < 4 else f"{len(runs)} runs compared"
 
 
 def number(value) -> str:
@@ -164,12 +190,38 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def table(runs: list[Run], which: str) -> list[tuple[str, list[str], bool]]:
-    """(name, value of each run as it was, whether they differ) of their settings or environments."""
-    text = lambda value: "" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)  # noqa: E731
+def size(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:.3g} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.3g} MB"
+
+
+def colours_of_phases(runs: list[Run]) -> dict[str, str]:
+    """A phase has one colour in all runs; what is in none of them is grey."""
+    phases = [phase for phase in dict.fromkeys(phase for run in runs for phase in seconds_by_phase(run)) if phase != "all else"]
+    colours = [colour for colour in COLOURS if colour != REST]
+    return {phase: colours[place % len(colours)] for place, phase in enumerate(phases)} | {"all else": REST}
+
+
+def planned(memory: dict) -> tuple[str, list[str], list[tuple[str, list[str]]]] | None:
+    """A plan as a table: its unit, the kinds of memory, and (role, amount of each kind)."""
+    roles = {"base of all roles" if role == "shared" else role: kinds if isinstance(kinds, dict) else {"weights": kinds} for role, kinds in memory["roles"].items()}
+    there = [kind for kind in dict.fromkeys(kind for kinds in roles.values() for kind in kinds) if kind != "peak" and any(kinds.get(kind) for kinds in roles.values())]
+    unit, name = (1e9, "GB") if (memory["planned"] or 0) >= 1e9 else (1e6, "MB")
+    return (name, there, [(role, [f"{kinds[kind] / unit:.3g}" if kinds.get(kind) else "" for kind in there]) for role, kinds in roles.items()]) if there else None
+
+
+def as_flag(value) -> str:
+    """A setting as it is written on a command line."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value) if value != "" else '""'
+
+
+def table(runs: list[Run], which: str) -> list[tuple[str, list[str], bool, bool]]:
+    """(name, value of each run as it was, whether they differ, whether a run's command named it) of their settings or environments."""
     names = dict.fromkeys(name for run in runs for name in getattr(run, which))
-    rows = [(name, [text(getattr(run, which).get(name, "—")) for run in runs]) for name in names]
-    return [(name, values, len(set(values)) > 1) for name, values in rows]
+    given = {name for run in runs for name in (names if run.given is None else run.given)} if which == "settings" else set(names)
+    rows = [(name, [as_flag(getattr(run, which).get(name, "—")) for run in runs]) for name in names]
+    return [(name, values, len(set(values)) > 1, name in given) for name, values in rows]
 
 
 # ---- samples
@@ -225,9 +277,9 @@ def write(paths: list[str], out: str) -> str:
     environment = Environment(loader=FileSystemLoader(os.path.dirname(os.path.abspath(__file__))), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
     page = environment.get_template("report.html").render(
-        runs=runs, curves=svgs, scored=scored, lines=[line for line in lines if any(line[2])], samples=before_and_after(runs), number=number,
-        duration=duration, headlines=headlines, wall_seconds=wall_seconds, phases=seconds_by_phase, colours=COLOURS,
-        memory=memory, settings=table(runs, "settings"), environments=table(runs, "environment"),
+        runs=runs, curves=svgs, notes=NOTES, scored=scored, lines=[line for line in lines if any(line[2])], samples=before_and_after(runs), number=number,
+        duration=duration, headline=headline(runs), headlines=headlines, wall_seconds=wall_seconds, phases=seconds_by_phase, colours=colours_of_phases(runs),
+        memory=memory, planned=planned, size=size, shown_ratio=SHOWN_RATIO, settings=table(runs, "settings"), environments=table(runs, "environment"),
         drawn_samples=[(run, run.of("samples")[:: max(1, len(run.of("samples")) - 1)]) for run in runs if run.of("samples")])
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
     with open(out, "w", encoding="utf-8") as file:
@@ -260,7 +312,7 @@ def main(words: list[str] | None = None) -> None:
         out = given.out or ("report.html" if len(given.runs) > 1 else os.path.join(read_run(given.runs[0], "").folder, "report.html"))
         print(write(given.runs, out))
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {sentence(error)}")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,27 @@ def numbers_of(values: dict, prefix: str) -> dict[str, float]:
     return found
 
 
+class _Lines:
+    """A file in the place of a terminal: what is drawn over the line before becomes a line of its own."""
+
+    def __init__(self, file):
+        self._file = file
+
+    def write(self, text: str) -> None:
+        if text := text.strip("\r\n "):
+            self._file.write(text + "\n")
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+
+def progress_line(total: int, unit: str):
+    """A terminal gets a moving line, a file one line in ten seconds at most."""
+    from tqdm import tqdm
+    moves = sys.stderr.isatty()
+    return tqdm(total=total, unit=unit, file=sys.stderr if moves else _Lines(sys.stderr), mininterval=0.3 if moves else 10.0, dynamic_ncols=moves)
+
+
 class RunLog:
     """Rank 0 writes; the other ranks call the same methods, which do nothing there.
 
@@ -69,16 +90,14 @@ class RunLog:
         self._bar = self._metrics = self._tracker = None
         if not groups.is_main():
             return
-        from tqdm import tqdm
         with self._named():
             os.makedirs(log_dir, exist_ok=True)
             with open(os.path.join(log_dir, "run.json"), "w") as file:
-                json.dump({"script": os.path.basename(sys.argv[0]), "arguments": cli.resolved, "started": self.started,
+                json.dump({"script": os.path.basename(sys.argv[0]), "arguments": cli.resolved, "given": cli.given, "started": self.started,
                            "environment": environment()}, file, indent=1)
             self._metrics = open(os.path.join(log_dir, "metrics.jsonl"), "a")
         self._tracker = None if tracker == "none" else open_tracker(tracker, log_dir)
-        # a terminal gets a moving line, a file one line in ten seconds at most
-        self._bar = tqdm(total=total, unit=unit, mininterval=0.3 if sys.stderr.isatty() else 10.0, dynamic_ncols=True)
+        self._bar = progress_line(total, unit)
 
     @contextlib.contextmanager
     def _named(self):
@@ -111,9 +130,12 @@ class RunLog:
             self._tracker[0](numbers_of({key: value for key, value in values.items() if key != "step"}, kind), values["step"])
 
     def write(self, text: str) -> None:
-        """Print above the progress line."""
+        """Print above the progress line; where that goes to a file, on a line after it."""
         if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
+            if sys.stderr.isatty():
+                self._bar.write(text, file=sys.stdout)
+            else:
+                print(text)
             sys.stdout.flush()
 
     def close(self, *, report: bool = False) -> None:

@@ -135,7 +135,7 @@ class Tokenizer:
         if self.chat_template is None:
             raise ValueError(
                 "this tokenizer has no chat template: add chat_template.jinja to its folder, or choose one by "
-                f"chat_format ({', '.join(CHAT_FORMATS)})"
+                f"--chat_format ({', '.join(CHAT_FORMATS)})"
             )
         everything = json.dumps(messages, ensure_ascii=False) + self.chat_template
         guard = next((c for c in map(chr, range(0xE000, 0xF900)) if c not in everything), None)  # a private-use character

@@ -184,7 +184,9 @@ def test_help_lists_flags_types_defaults_and_text(script):
     assert "Fine-tune a model." in lines and "The longer text." in lines
     row = {line.split()[0]: line for line in lines if line.startswith("  --")}
     assert row["--lr"].split()[1:5] == ["float", "1e-05", "peak", "learning"]
-    assert row["--ckpt_dir"].split()[1:] == ["str", "checkpoint", "folder"]
+    assert row["--ckpt_dir"].split()[1:] == ["str", "required", "checkpoint", "folder"]
+    at = [lines.index(line) for line in ("What it reads and writes", row["--save_dir"], "The model", row["--use_chat_template"], "The optimizer", row["--lr"], "Other", row["--eos"])]
+    assert at == sorted(at), "by purpose, as in docs/scripts"
     assert row["--log_dir"].split()[1:] == ["str|none", "none"]
     assert row["--use_chat_template"].split()[1:] == ["true|false", "false"]
     assert "over a second line" in " ".join(result.stdout.split())
@@ -197,6 +199,15 @@ def test_help_needs_neither_torch_nor_fire(script):
     for name in ("torch", "fire"):
         (script.folder / "stubs" / f"{name}.py").write_text("raise ImportError('not installed')")
     assert script("-h").returncode == 0
+
+
+def test_a_package_that_is_not_installed_is_named_with_what_to_do(script):
+    """A shell without the virtual environment got a traceback that ended in fire."""
+    for name in ("torch", "fire"):
+        (script.folder / "stubs" / f"{name}.py").write_text(f'raise ModuleNotFoundError("No module named {name}", name="{name}")')
+        result = script("--ckpt_dir=c", "--save_dir=s")
+        assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+        assert result.stderr.startswith(f"error: {name} is not installed for {sys.executable}. Activate the environment")
 
 
 def test_importing_the_package_imports_no_torch():
@@ -281,3 +292,11 @@ def test_config_file_gives_flags_and_the_command_line_wins(tmp_path):
     assert cli.given == ["ckpt_dir", "lr"]
     with pytest.raises(cli.UsageError, match="No such file"):
         cli.parse(main, ["--config", "none.yaml", "--ckpt_dir", "x"])
+
+
+def test_a_range_names_the_flags_outside_it_and_no_others():
+    cli.check_range(1, a=1, b=5, c=None)
+    with pytest.raises(ValueError, match="^--b 0, --d -2: must be at least 1$"):
+        cli.check_range(1, a=1, b=0, c=None, d=-2)
+    with pytest.raises(ValueError, match="^--held_out 2.0: must be at least 0 and at most 1$"):
+        cli.check_range(0, 1, held_out=2.0)

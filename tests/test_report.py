@@ -80,8 +80,9 @@ def test_the_page_has_the_data_and_none_of_it_as_markup(hostile):
     assert not re.findall(r"""(?:src|href)=["'](?!#|data:)""", text), "the page must not fetch anything"
     assert page.text.count(HOSTILE) == 3 * 4 + 2 * 2 + 1 + 2 + 3      # prompt and two responses, drawn samples, setting, prompts and pieces of the verifier
     assert "2 became right" in page.text and "1 became wrong" in page.text
-    assert "score 0.1 → 0.4" in page.text and "planned 2 GB, peak 1 GB (50 % of the plan)" in page.text
-    assert "Planned, GB: actor weights 1.5, optimizer 0.5; shared 0.1" in page.text
+    assert "2 runs compared" not in page.text and "<b>ppo and verifier& compared" in page.text
+    assert re.search(r"score\s+0.1 → 0.4\s*what is optimised", page.text) and "planned 2 GB, peak 1 GB (50 % of the plan)" in page.text
+    assert "The plan, by role, in GB" in page.text and "base of all roles0.1" in page.text
     assert "generate 4.0 s" in page.text and "actor 8.0 s" in page.text and "training steps 1.5 s" in page.text
     for title in ("Score: what is optimised", "Exact accuracy against score", "Entropy, nats per token", "Loss", "Learning rate"):
         assert f'<svg role="img" aria-label="{title}"' in text
@@ -147,6 +148,8 @@ def test_what_a_continued_run_has_superseded_does_not_count(tmp_path, world_of_o
     assert series(report.read_run(str(run), ""), "train", "loss") == ((1,), (7.0,)), "started anew: nothing of the earlier runs"
     with pytest.raises(FileNotFoundError, match="neither metrics.jsonl nor metrics.json"):
         report.read_run(str(tmp_path), "")
+    with pytest.raises(FileNotFoundError, match=f"such as {tmp_path}/run; this folder holds run$"):
+        report.read_run(str(tmp_path), "")
 
 
 def test_small_things():
@@ -154,7 +157,15 @@ def test_small_things():
     assert report.names_of(["/runs/a/ppo/log", "/runs/a/grpo"]) == ["ppo", "grpo"] and report.names_of(["/runs/x/log", "/runs/b/x"]) == ["x", "b/x"]
     assert [report.number(value) for value in (0.0123456, 3, 12345678)] == ["0.01235", "3", "12345678"]
     runs = [report.Run(name, "", "", {"lr": 1.23456e-5, "compare": ["a", "b"], "limit": limit, "chat": None}, {}) for name, limit in (("a", 1), ("b", 2))]
-    assert report.table(runs, "settings") == [("lr", ["1.23456e-05"] * 2, False), ("compare", ["a, b"] * 2, False), ("limit", ["1", "2"], True), ("chat", ["", ""], False)]
+    assert report.table(runs, "settings") == [("lr", ["1.23456e-05"] * 2, False, True), ("compare", ["a, b"] * 2, False, True), ("limit", ["1", "2"], True, True),
+                                               ("chat", ["none"] * 2, False, True)], "runs that did not record what was given: all of it stands open"
+    runs[0].given, runs[1].given = ["lr"], []
+    assert [row[3] for row in report.table(runs, "settings")] == [True, False, False, False]
+    assert report.headline(runs) == "a and b compared" and report.headline([report.Run("x", "", "ppo_train.py", {"algorithm": "grpo"}, {})]) == "GRPO: x"
+    assert report.headline(runs * 2) == "4 runs compared" and [report.as_flag(value) for value in (True, None, "", 0.5)] == ["true", "none", '""', "0.5"]
+    evaluated = report.Run("x", "", "", {}, {}, records=[{"kind": "evaluation", "memory": {"planned_bytes": 3e6, "peak_bytes": 4e6, "planned": {"a": {"w": 2e6, "peak": 9, "g": 0}, "shared": 1e6}}}])
+    assert report.planned(report.memory(evaluated)) == ("MB", ["w", "weights"], [("a", ["2", ""]), ("base of all roles", ["", "1"])])
+    assert [report.size(n) for n in (2_050_000, 2.5e9)] == ["2.05 MB", "2.5 GB"]
 
 
 def test_the_progress_line_shows_time_left_and_throughput_of_this_session(tmp_path, capsys, world_of_one):
@@ -169,6 +180,18 @@ def test_the_progress_line_shows_time_left_and_throughput_of_this_session(tmp_pa
     rate = float(re.search(r"([\d.]+)step/s", line)[1])
     assert "903/1000" in line and "loss=1.0, tok_s=123" in line and re.search(r"\[00:0\d<\d\d:\d\d,", line), line
     assert 5 < rate < 20, "steps of an earlier session must not count as done in this one"
+
+
+def test_in_a_file_the_progress_line_is_drawn_on_lines_of_its_own(tmp_path, capsys, world_of_one):
+    """A log read "  0%|    | 0/3 [00:00<?]      step 1/3 loss ...", and had the progress line again before every line."""
+    log = RunLog(str(tmp_path), total=3)
+    for step in range(1, 4):
+        log.advance(loss="1.0")
+        log.write(f"step {step}/3")
+    log.close()
+    out, err = capsys.readouterr()
+    assert out == "step 1/3\nstep 2/3\nstep 3/3\n"
+    assert "\r" not in err and [line.split("|")[0] for line in err.splitlines()] == ["0%", "100%"], err
 
 
 def test_trackers(tmp_path, world_of_one):

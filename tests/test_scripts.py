@@ -139,7 +139,7 @@ def test_errors_are_one_sentence_on_every_rank(toy, split, tmp_path):
     assert "bad.json" in first_line(train(train_file=bad))
     assert "llama-2-7b" in first_line(train(model_type="lama-2-7b"))
     assert "--max_seq_len 9999 is more than the model's 96" in first_line(train(max_seq_len=9999))
-    for flags in (dict(max_steps=0), dict(max_steps=-5), dict(lr=0), dict(warmup_ratio=2), dict(eval_batch_size=0), dict(dtype="fp16")):
+    for flags in (dict(max_steps=0), dict(max_steps=-5), dict(lr=0), dict(warmup_ratio=2), dict(eval_batch_size=0), dict(dtype="fp16"), dict(weight_decay=-1)):
         name, = flags
         assert f"--{name}" in first_line(train(**flags))
     (tmp_path / "file").write_text("")
@@ -149,6 +149,8 @@ def test_errors_are_one_sentence_on_every_rank(toy, split, tmp_path):
         "ckpt_dir": split, "log_dir": tmp_path / "never", "label_file": toy / "test.json", **flags})
     assert "this model allows 2 to 96" in first_line(evaluate(max_seq_len=97))
     assert "--limit 0" in first_line(evaluate(limit=0))
+    assert "path of the folder to write in is empty" in first_line(train(save_dir=""))
+    assert "gives 2 equal answers to a problem" in first_line(evaluate(num_samples_per_prompt=2, temperature=0))
     for flags, said in ((dict(top_p=3), "top_p 3.0 in (0, 1]"), (dict(temperature=-3), "temperature -3.0")):      # before the model is loaded
         assert said in first_line(evaluate(**flags))
     line = first_line(evaluate(max_seq_len=5))

@@ -544,7 +544,7 @@ def test_wrong_inputs_are_one_sentence(toy, split, tmp_path):  # noqa: F811
     assert "--lm_loss_weight goes with --loss mse or bce" in train(lm_loss_weight=1.0)
     assert "--margin and --centre are for pairs" in train(train_file=toy / "train.json", loss="mse", margin=1.0)
     assert "--held_out 1.0" in train(held_out=1.0)
-    assert "cannot be negative" in train(centre=-1.0)
+    assert "--centre -1.0: must be at least 0" in train(centre=-1.0)
     assert "labelled right or wrong" in train(train_file=toy / "train.json", loss="bce", label_file=pairs)
     bad = tmp_path / "bad.json"
     bad.write_text(json.dumps([{"instruction": "a", "chosen": "b", "rejected": "c"}, {"instruction": "a", "chosen": "b"}]))
@@ -561,3 +561,10 @@ def test_wrong_inputs_are_one_sentence(toy, split, tmp_path):  # noqa: F811
     assert "--perplexity needs" in choose(samples_file=bad, verifier_ckpt_dir=split, perplexity=True)
     assert "add --num_samples_per_prompt" in choose(ckpt_dir=split, verifier_ckpt_dir=split)
     assert 'bad.json, line 1, record 1: missing "id"' in choose(samples_file=bad, verifier_ckpt_dir=split)
+
+
+def test_answers_that_are_all_wrong_are_warned_about(toy, split, tmp_path):  # noqa: F811
+    """Answers sampled from a model that cannot do it yet trained a verifier without a word."""
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps({"instruction": f"{n}+1?", "output": f"#### {n}", "label": 0}) + "\n" for n in range(9)))
+    (code, out, err), = verifier(1, ckpt_dir=split, save_dir=tmp_path / "v", train_file=tmp_path / "answers.jsonl", max_seq_len=96, max_steps=1, dtype="fp32")
+    assert code == 0 and "answers.jsonl holds no right responses, from which a verifier learns nothing but that" in out, err

@@ -1,4 +1,7 @@
-"""Tiny random models made with transformers, saved as Hugging Face folders, with awkward sizes on purpose."""
+"""Tiny random models made with transformers, saved as Hugging Face folders, with awkward sizes on purpose.
+
+    python tests/toys.py tiny-llama         one of them, with a tokenizer, to try scripts and recipes on
+"""
 
 import json
 import os
@@ -178,3 +181,11 @@ def logits_of(model, rows):
     hidden = model(torch.tensor([t for row in rows for t in row]), Rows.packed([len(row) for row in rows]))
     return torch.cat([part.to(hidden.dtype) for part in
                       map(torch.tensor, groups.gather_objects((hidden @ model.head_weight.t()).detach().tolist()))], -1)
+
+
+if __name__ == "__main__":
+    import sys
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit("usage: python tests/toys.py FOLDER")
+    make_hf(sys.argv[1], "llama-9-3", vocab_size=263, max_position_embeddings=1024)
+    add_bytes_tokenizer(sys.argv[1])

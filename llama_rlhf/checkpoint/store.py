@@ -28,6 +28,8 @@ def check_writable(folder: str) -> None:
     CheckpointError or NotADirectoryError with the reason, on every rank, otherwise."""
     probe = None
     with groups.together(f"preparing {folder}"):
+        if not folder:
+            raise CheckpointError("the path of the folder to write in is empty. Give --save_dir or --log_dir a name")
         if groups.is_main():
             if os.path.exists(folder) and not os.path.isdir(folder):
                 raise NotADirectoryError(f"{folder} is a file; a folder is needed to save in")
@@ -214,7 +216,8 @@ def identity(arguments: dict, dtype, **started_from: str) -> dict:
 def _differences(now: dict, before: dict | None) -> list[str]:
     if not isinstance(before, dict) or now.keys() != before.keys():
         return ["what it was is not recorded"]
-    changed = [f"--{key} {value} (was {before['arguments'].get(key)})" for key, value in now["arguments"].items()
+    shown = lambda value: '""' if value == "" else value        # noqa: E731
+    changed = [f"--{key} {shown(value)} (was {shown(before['arguments'].get(key))})" for key, value in now["arguments"].items()
                if key not in _HARMLESS and value != before["arguments"].get(key)]
     return changed or [f"{key} {now[key]} (was {before[key]})" for key in now if key not in ("arguments", "tensor_parallel") and now[key] != before[key]]
 
