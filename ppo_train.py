@@ -263,7 +263,7 @@ def main(
         check_tracker(tracker)
         companions = companions_folder(tokenizer_file) or actor_ckpt_dir
         tokenizer = load_tokenizer(tokenizer_file or actor_ckpt_dir, chat_format=chat_format)
-        role_dirs = {"critic": critic_ckpt_dir, "reward model": reward_model_ckpt_dir}
+        role_dirs = {"reward model": reward_model_ckpt_dir, "critic": critic_ckpt_dir}
         own = {}
         for role, path in role_dirs.items():
             try:

@@ -197,5 +197,6 @@ def warnings(statistics: dict[str, float], fp32: bool) -> list[str]:
         (s["approx_kl"] > 0.1, f"approx_kl {s['approx_kl']:.2f} in one buffer: lower --actor_lr or --inner_epochs, or set --target_kl"),
         (s["ratio_max"] > 10, f"a ratio reached {s['ratio_max']:.1f}: lower --actor_lr"),
         (s["kl_sequence"] < -1.0, f"KL to the reference {s['kl_sequence']:.2f} nats per response is far below 0: sampling and scoring disagree"),
+        (s["finished_share"] == 0, "no response reached an end token, so all count as cut off and their scores tell nothing: raise --max_new_tokens"),
     ]
     return [message for wrong, message in found if wrong]

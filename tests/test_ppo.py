@@ -325,3 +325,10 @@ def test_roles_that_wait_elsewhere_change_nothing(lora_rank, toy, tmp_path):
         assert numbers(a) == numbers(b)
     a, b = whole(tmp_path / "stay"), whole(tmp_path / "move")
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_buffer_in_which_every_response_was_cut_is_warned_about():
+    from llama_rlhf.ppo import warnings
+    assert warnings({"finished_share": 0.25}, True) == []
+    said, = warnings({"finished_share": 0.0}, True)
+    assert "raise --max_new_tokens" in said

@@ -139,7 +139,8 @@ def test_errors_are_one_sentence_on_every_rank(toy, split, tmp_path):
     assert "bad.json" in first_line(train(train_file=bad))
     assert "llama-2-7b" in first_line(train(model_type="lama-2-7b"))
     assert "--max_seq_len 9999 is more than the model's 96" in first_line(train(max_seq_len=9999))
-    for flags in (dict(max_steps=0), dict(max_steps=-5), dict(lr=0), dict(warmup_ratio=2), dict(eval_batch_size=0), dict(dtype="fp16"), dict(weight_decay=-1)):
+    for flags in (dict(max_steps=0), dict(max_steps=-5), dict(lr=0), dict(warmup_ratio=2), dict(eval_batch_size=0), dict(dtype="fp16"), dict(weight_decay=-1),
+                  dict(timeout_seconds=-5), dict(device="tpu")):
         name, = flags
         assert f"--{name}" in first_line(train(**flags))
     (tmp_path / "file").write_text("")

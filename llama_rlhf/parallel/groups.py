@@ -36,9 +36,11 @@ def initialize(model_parallel_size: int = -1, *, timeout_seconds: float = 600.0,
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device={device!r}: use auto, cpu or cuda")
+        raise ValueError(f"--device {device}: use auto, cpu or cuda")
+    if timeout_seconds <= 0:
+        raise ValueError(f"--timeout_seconds {timeout_seconds:g}: must be positive, such as 600")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda, but torch sees no CUDA device. Use --device cpu, or install a CUDA build of torch.")
+        raise ValueError("--device cuda, but torch sees no CUDA device. Use --device cpu, or install a CUDA build of torch.")
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda and local_world > torch.cuda.device_count():
         raise ValueError(f"{local_world} processes on this node but {torch.cuda.device_count()} CUDA devices: "
