@@ -9,9 +9,9 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch._dynamo", "transformers", "llama_rlhf.checkpoint.shards", "ranks"])
 
 
-def _child(rank, n, port, function, args, queue):
+def _child(rank, n, port, function, args, gpus, queue):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})}
     try:
         import torch
         torch.set_num_threads(1)
@@ -24,16 +24,16 @@ def _child(rank, n, port, function, args, queue):
     os._exit(0)                         # no destructors: a peer that died must not hang us
 
 
-def run_ranks(n, function, *args, timeout=180):
+def run_ranks(n, function, *args, timeout=180, gpus=False):
     """[function(*args) on rank 0, ..., on rank n-1]. Results must be picklable (tensors as lists or numpy).
 
-    An exception on any rank fails the test with that rank's traceback; so does a rank that does not answer in time.
+    An exception on any rank fails the test with that rank's traceback; so does a rank that does not answer in time. gpus: they see the GPUs.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     queue = _context.Queue()
-    processes = [_context.Process(target=_child, args=(rank, n, port, function, args, queue), daemon=True) for rank in range(n)]
+    processes = [_context.Process(target=_child, args=(rank, n, port, function, args, gpus, queue), daemon=True) for rank in range(n)]
     for process in processes:
         process.start()
     results, errors = {}, []
@@ -79,4 +79,4 @@ def _script(name, flags):
 def run_script(n, name, /, *, wait=180, **flags):
     """[(exit code, stdout, stderr) of each rank] of a script on n gloo ranks, without paying for n interpreter starts."""
     flags = {"device": "cpu", "write_report": False, **flags} if name != "checkpoint_split.py" else flags      # drawing takes seconds
-    return run_ranks(n, _script, name, flags, timeout=wait)
+    return run_ranks(n, _script, name, flags, timeout=wait, gpus=flags.get("device") == "cuda")

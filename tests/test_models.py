@@ -1,8 +1,10 @@
 """Our decoder computes what transformers computes, at any number of ranks. fp32; logits within 1e-4 (sums in another order)."""
 
+import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ranks import run_ranks
 from toys import MODELS, logits_of, make_hf, make_reference, measure
 
@@ -62,6 +64,18 @@ def test_rows_do_not_see_each_other(world_of_one, tmp_path):
     assert not torch.equal(a[:3], b[:3])
 
 
+def varlen_attn_as_documented(q, k, v, ends_q, ends_k, max_q, max_k, *, window_size, enable_gqa):
+    """torch.nn.attention.varlen.varlen_attn, which runs on a GPU only, from its documentation."""
+    assert ends_q.dtype == torch.int32 and max_q == max_k == ends_q.diff().max() and enable_gqa
+    (left, right), out = window_size, []
+    for start, end in itertools.pairwise(ends_q.tolist()):
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        seen = (distance >= -right) & ((distance <= left) if left >= 0 else True)
+        parts = (x[start:end].transpose(0, 1) for x in (q, k, v))
+        out.append(F.scaled_dot_product_attention(*parts, attn_mask=seen, enable_gqa=True).transpose(0, 1))
+    return torch.cat(out)
+
+
 @pytest.mark.parametrize("window,bias", [(None, False), (3, False), (None, True)])     # no family has both
 def test_every_form_of_attention_gives_the_same_values_and_gradients(world_of_one, monkeypatch, window, bias):
     """Fused kernel or plain products, rows alone or on one grid, queries in one stretch or several: which one runs depends on
@@ -82,6 +96,11 @@ def test_every_form_of_attention_gives_the_same_values_and_gradients(world_of_on
             assert [grid.n_rows for grid in rows.grids] == ([3, 1, 1, 1] if cells > 1 else [1] * 6)
             out = attention.packed_attention(*inputs, rows, None, window, added)
             results.append([out, *torch.autograd.grad((out * weight).sum(), inputs)])
+    if not bias:
+        monkeypatch.setattr(attention, "_takes_any_lengths", lambda q: True)
+        monkeypatch.setattr(attention, "_varlen_attn", varlen_attn_as_documented)
+        out = attention.packed_attention(*inputs, attention.Rows.packed(lengths), None, window, None)
+        results.append([out, *torch.autograd.grad((out * weight).sum(), inputs)])
     q, k, v = inputs
     wanted, start = [], 0
     for n in lengths:

@@ -1,16 +1,27 @@
-"""Rows on the packed token axis, and causal attention inside each of them: by torch's fused kernel, or on a CPU by batched products."""
+"""Rows on the packed token axis, and causal attention inside each of them: on a GPU by flash attention over rows of any lengths, on a CPU by
+batched products, elsewhere by torch's fused kernel on rows padded to one length."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from llama_rlhf.parallel import groups
+
+_varlen_attn: Any = None
+try:
+    from torch.nn.attention.varlen import varlen_attn
+    if {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():       # older torch: no such module, or fewer arguments
+        _varlen_attn = varlen_attn
+except ImportError:
+    pass
 
 # on a CPU products beat the fused kernel, most of all in backward (benchmarks/kernels.py); in fp32 up to rows of
 _PRODUCTS_FP32 = 1024
@@ -60,6 +71,11 @@ class Rows:
         return Rows([self.lengths[i] for i in order], self.positions[tokens], prompts), tokens
 
     @functools.cached_property
+    def ends(self) -> torch.Tensor:
+        """[rows + 1] int32: where each row begins, and the end of the last."""
+        return torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32).to(self.positions.device)
+
+    @functools.cached_property
     def grids(self) -> list[Grid]:
         """On a GPU all rows share a grid: one kernel launch counts more than padding. On a CPU neighbours of similar length do."""
         device, grids, first, start = self.positions.device, [], 0, 0
@@ -105,8 +121,17 @@ def packed_attention(q, k, v, rows: Rows, kv_of_query: torch.Tensor | None, wind
         k, v = k[:, kv_of_query], v[:, kv_of_query]
     if not q.is_cuda and (q.dtype != torch.float32 or max(rows.lengths) <= _PRODUCTS_FP32):
         return _ProductAttention.apply(q, k, v, rows.grids, window, bias)
+    if bias is None and _takes_any_lengths(q):
+        longest = max(rows.lengths)
+        return _varlen_attn(q, k, v, rows.ends, rows.ends, longest, longest, window_size=(-1 if window is None else window - 1, 0), enable_gqa=q.shape[1] != k.shape[1])
     out = [_fused(q[grid.tokens], k[grid.tokens], v[grid.tokens], grid, window, bias) for grid in rows.grids]
     return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def _takes_any_lengths(q: torch.Tensor) -> bool:
+    """Whether torch's flash attention over packed rows computes it: half precision, Ampere or later."""
+    return _varlen_attn is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 \
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def _fused(q, k, v, grid: Grid, window: int | None, bias: torch.Tensor | None) -> torch.Tensor:
