@@ -24,12 +24,17 @@ from llama_rlhf.models import preset
 from llama_rlhf.models.transformer import CausalLM, Transformer, ValueModel
 from llama_rlhf.parallel import groups
 from llama_rlhf.parallel.layers import Lora
+from llama_rlhf.parallel.shared_memory import _SLOT_BYTES
 from llama_rlhf.reward import _PACK_TOKENS, JointModel
 from llama_rlhf.rollout import _PASS_TOKENS
 
 
+# what a CPU process holds besides, measured on SmolLM2-135M (docs/TRAINING.md): workspaces of the libraries, and blocks that malloc keeps between others
+_LIBRARIES, _KEPT_SHARE = 120_000_000, 0.14
+
+
 class Plan:
-    """total: bytes on the rank at once. roles: role -> kind -> bytes; shared: the base that all roles have in common, counted once."""
+    """total: bytes on the rank at once, passing: of them those that come and go. roles: role -> kind -> bytes; shared: the base that all roles have in common, counted once."""
 
     def __init__(self, title: str, roles: dict[str, list[Counter]], *, share: bool = False, in_turn: bool = False):
         """roles: role -> what it does, one after the other. share: all bases are one memory. in_turn: no two roles are there together."""
@@ -41,6 +46,7 @@ class Plan:
         stays = [kinds["weights"] + kinds["optimizer"] for kinds in self.roles.values()]
         peaks = [max(use["peak"] for use in several) for several in roles.values()]
         self.total = max(map(sum, zip(stays, peaks))) if in_turn else self.shared + sum(stays) + max(peaks)
+        self.passing = max(peaks)
 
     def __str__(self) -> str:
         rows = {**({"base of all roles": {"weights": self.shared}} if self.shared else {}), **self.roles}
@@ -55,13 +61,22 @@ class Plan:
 
     def beside(self, peak: int) -> dict:
         """Planned and measured, for the log."""
-        return {"planned_bytes": self.total, "peak_bytes": peak, "planned": {**self.roles, **({"shared": self.shared} if self.shared else {})}}
+        return {"planned_bytes": self.total, "besides_bytes": self.besides, "peak_bytes": peak, "planned": {**self.roles, **({"shared": self.shared} if self.shared else {})}}
+
+    @property
+    def besides(self) -> int:
+        """Bytes that a CPU process takes beyond its tensors, by experience; 0 on a GPU, whose allocator counts tensors."""
+        if groups.device().type == "cuda":
+            return 0
+        sums = groups.tp_size() * 2 * _SLOT_BYTES if groups.tp_size() > 1 else 0
+        return _LIBRARIES + int(_KEPT_SHARE * self.passing) + sums
 
     def line(self, peak: int) -> str:
         """Of models smaller than 0.1 GB no ratio: beside them the workspaces of libraries are most of the peak."""
         if self.total < 1e8:
             return f"memory of this rank: planned {self.total / 1e6:.1f} MB, peak {peak / 1e6:.1f} MB"
-        return f"memory of this rank: planned {self.total / 1e9:.3f} GB, peak {peak / 1e9:.3f} GB ({peak / self.total - 1:+.1%})"
+        besides = f" and {self.besides / 1e9:.3f} GB for libraries and malloc" if self.besides else ""
+        return f"memory of this rank: planned {self.total / 1e9:.3f} GB{besides}, peak {peak / 1e9:.3f} GB ({peak / (self.total + self.besides) - 1:+.1%})"
 
 
 def report_memory(run_log, memory, make: Callable[[], Plan]) -> None:

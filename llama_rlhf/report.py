@@ -146,7 +146,7 @@ def memory(run: Run) -> dict:
     """Bytes of a process: "planned" and by role where the run recorded a plan, "peak" as measured beside it, or else as its curve has it."""
     plan = next((held for record in reversed(run.records) if (held := record.get("memory") or record).get("planned_bytes")), {})     # an evaluation's stands inside
     peak = plan.get("peak_bytes") or max((record.get("peak_memory_gb") or 0 for record in run.records), default=0) * 1e9
-    return {"planned": plan.get("planned_bytes"), "peak": peak, "roles": plan.get("planned") or {}}
+    return {"planned": plan.get("planned_bytes"), "besides": plan.get("besides_bytes", 0), "peak": peak, "roles": plan.get("planned") or {}}
 
 
 def headlines(run: Run) -> list[tuple[str, str, str]]:

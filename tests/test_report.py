@@ -43,7 +43,7 @@ def samples(folder, step, correct):
 def hostile(tmp_path_factory):
     """The report of a PPO run and a verifier with markup wherever data can put it, folder names included."""
     tmp_path = tmp_path_factory.mktemp("hostile")
-    ppo = write_run(tmp_path / "<b>ppo" / "log", records=[*(iteration(step) for step in range(1, 5)), {"kind": "memory", "planned_bytes": 2e9, "peak_bytes": 1e9,
+    ppo = write_run(tmp_path / "<b>ppo" / "log", records=[*(iteration(step) for step in range(1, 5)), {"kind": "memory", "planned_bytes": 2e9, "besides_bytes": 5e8, "peak_bytes": 1e9,
                     "planned": {"actor": {"weights": 1.5e9, "optimizer": 5e8, "peak": 0}, "shared": 1e8}},
                     *({"kind": "samples", "step": s, "samples": [{"prompt": HOSTILE, "response": HOSTILE, "score": 1.0, "correct": None}]} for s in (1, 4))],
                     system_prompt=HOSTILE, lr=1e-5)
@@ -81,7 +81,7 @@ def test_the_page_has_the_data_and_none_of_it_as_markup(hostile):
     assert page.text.count(HOSTILE) == 3 * 4 + 2 * 2 + 1 + 2 + 3      # prompt and two responses, drawn samples, setting, prompts and pieces of the verifier
     assert "2 became right" in page.text and "1 became wrong" in page.text
     assert "2 runs compared" not in page.text and "<b>ppo and verifier& compared" in page.text
-    assert re.search(r"score\s+0.1 → 0.4\s*what is optimised", page.text) and "planned 2 GB, peak 1 GB (50 % of the plan)" in page.text
+    assert re.search(r"score\s+0.1 → 0.4\s*what is optimised", page.text) and "planned 2 GB and 500 MB for libraries and malloc, peak 1 GB (40 % of that)" in page.text
     assert "The plan, by role, in GB" in page.text and "base of all roles0.1" in page.text
     assert "generate 4.0 s" in page.text and "actor 8.0 s" in page.text and "training steps 1.5 s" in page.text
     for title in ("Score: what is optimised", "Exact accuracy against score", "Entropy, nats per token", "Loss", "Learning rate"):
