@@ -221,7 +221,7 @@ def scored_responses(model: ValueModel, tokenizer, examples: list[Judged], score
     try:
         for example, place, side in chosen:
             row, n = example.responses[place], example.prompt_len
-            values = probability(score, response_values(model, [row], [n], after=True).double())
+            values = probability(score, response_values(model, [row], [n], where="after").double())
             result.append({"id": example.id, "prompt": tokenizer.decode(row[:n]), "judged": side, "pieces": token_pieces(tokenizer, row[n:]),
                            "probabilities": [round(value, 4) for value in values.tolist()]})
     finally:

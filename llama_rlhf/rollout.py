@@ -25,7 +25,7 @@ from llama_rlhf.parallel import groups
 from llama_rlhf.reward import normalise, score_responses
 from llama_rlhf.sampling import Sampling
 from llama_rlhf.tasks import import_file
-from llama_rlhf.trainer import final_scores, response_logprobs, response_values
+from llama_rlhf.trainer import response_logprobs, response_values
 
 _PASS_TOKENS = 4096         # forward passes without gradient go by packs of about this many tokens
 
@@ -218,13 +218,13 @@ def load_reward_function(spec: str) -> Callable:
     return function
 
 
-def _per_response(function, rows: list[Response], names: tuple[str, ...]) -> None:
-    """function(tokens, prompt lengths) -> a packed [N] tensor for each name; each response receives its own part of them."""
+def _per_response(function, rows: list[Response], names: tuple[str, ...], *, more: int = 0) -> None:
+    """function(tokens, prompt lengths) -> a packed tensor for each name; each response receives its own part, of its tokens and so many `more`."""
     for places in pack(range(len(rows)), [len(r.tokens) for r in rows], max_tokens=_PASS_TOKENS):
         mine = [rows[i] for i in places]
         results = function([r.tokens for r in mine], [r.prompt_length for r in mine])
         for name, values in zip(names, results):
-            for r, part in zip(mine, values.float().cpu().split([len(r.tokens) - r.prompt_length for r in mine])):
+            for r, part in zip(mine, values.float().cpu().split([len(r.tokens) - r.prompt_length + more for r in mine])):
                 setattr(r, name, part.clone())      # a view would be sent with all of its pack
 
 
@@ -260,11 +260,11 @@ def collect(roles, prompts: list[Prompt], tokenizer, reward: Reward, settings: R
                               rows, ("ref_logprobs",))
         if roles.critic is not None:
             with roles.using(roles.critic):
-                _per_response(lambda tokens, lengths: (response_values(roles.critic, tokens, lengths),), rows, ("values",))
-                cut = [r for r in rows if not r.finished] if settings.bootstrap_truncated else []
-                for places in pack(range(len(cut)), [len(r.tokens) for r in cut], max_tokens=_PASS_TOKENS):
-                    for i, value in zip(places, final_scores(roles.critic, [cut[i].tokens for i in places]).tolist()):
-                        cut[i].value_after = value
+                cuts = settings.bootstrap_truncated      # asks for the state after the last token as well
+                _per_response(lambda tokens, lengths: (response_values(roles.critic, tokens, lengths, where="both" if cuts else "before"),), rows, ("values",), more=int(cuts))
+                for r in rows if cuts else ():
+                    assert r.values is not None
+                    r.values, r.value_after = r.values[:-1].clone(), 0.0 if r.finished else float(r.values[-1])
     if reward.model is not None:
         with clock("score"), roles.using(reward.model):
             raw = score_responses(reward.model, [r.tokens for r in rows], [r.prompt_length for r in rows])

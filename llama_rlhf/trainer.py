@@ -323,14 +323,16 @@ def response_logprobs(model: CausalLM, tokens: list[list[int]], prompt_lengths: 
     return token_logprobs(hidden, model.head_weight, flat[targets], vocab_start=model.vocab_start, **options)
 
 
-def response_values(model: ValueModel, tokens: list[list[int]], prompt_lengths: list[int], *, after: bool = False) -> torch.Tensor:
-    """Values of the states in which each response token was chosen, packed: [N] fp32. after=True: of the states after each token.
+def response_values(model: ValueModel, tokens: list[list[int]], prompt_lengths: list[int], *, where: str = "before") -> torch.Tensor:
+    """Values of states of rows of prompt + response, packed, fp32: those in which each response token was chosen ("before"), those after each
+    token ("after"), or both, one more than tokens in each row ("both").
 
     The former are a critic's V_t; the latter a verifier's opinion of the solution so far, the last of each row its score.
     """
     lengths, device = [len(row) for row in tokens], groups.device()
-    states, after_states = prediction_rows(lengths, prompt_lengths)
-    at = (after_states if after else states).to(device)
+    before, after = prediction_rows(lengths, prompt_lengths)
+    both = torch.cat([before, torch.tensor(lengths).cumsum(0) - 1]).sort().values
+    at = {"before": before, "after": after, "both": both}[where].to(device)
     return model.values(model(torch.tensor([t for row in tokens for t in row], device=device), Rows.packed(lengths, device), at=at))
 
 

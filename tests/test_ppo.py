@@ -332,3 +332,25 @@ def test_a_buffer_in_which_every_response_was_cut_is_warned_about():
     assert warnings({"finished_share": 0.25}, True) == []
     said, = warnings({"finished_share": 0.0}, True)
     assert "raise --max_new_tokens" in said
+
+
+def test_the_critic_sees_every_response_once(toy, world_of_one, monkeypatch):
+    """Values before each token, and after the last one of a response that was cut: one pass, where another was made for the cut ones."""
+    from llama_rlhf.checkpoint.shards import load_model
+    from llama_rlhf.models.transformer import ValueModel
+    from llama_rlhf.roles import Roles
+    from llama_rlhf.rollout import Prompt, Reward, RolloutSettings, collect
+    from llama_rlhf.runlog import Clock
+    from llama_rlhf.tokenizer import load_tokenizer
+    from llama_rlhf.trainer import final_scores, response_values
+    roles = Roles(load_model(str(toy / "hf")))
+    roles.critic = load_model(str(toy / "reward"), ValueModel)
+    passes, forward = [], roles.critic.forward
+    monkeypatch.setattr(roles.critic, "forward", lambda *args, **options: passes.append(1) or forward(*args, **options))
+    prompts = [Prompt(i, "", [256, *range(40 + i, 46 + 2 * i)]) for i in range(6)]
+    rollout, _ = collect(roles, prompts, load_tokenizer(str(toy / "hf")), Reward(None), RolloutSettings(max_new_tokens=6, bootstrap_truncated=True), iteration=0, clock=Clock())
+    assert len(passes) == 1 and 0 < sum(rollout.finished) < 6
+    with torch.no_grad():
+        for i, (row, n) in enumerate(zip(rollout.tokens, rollout.prompt_lengths)):
+            assert (rollout.values[i][rollout.mask[i]] - response_values(roles.critic, [row], [n])).abs().max() < 1e-5
+            assert rollout.value_after[i] == pytest.approx(0.0 if rollout.finished[i] else final_scores(roles.critic, [row]).item(), abs=1e-5)
