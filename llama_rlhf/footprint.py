@@ -154,7 +154,7 @@ def generating(config: ModelConfig, prompt: int, longest: int, slots: int, *, lo
         with torch.no_grad(), torch.inference_mode(config.n_experts == 0), live:
             cache = model.new_cache(slots, longest)
             live.at("forward")
-            cache.begin_prefill(list(range(len(packed))), packed)
+            cache.begin_prefill(list(range(len(packed))), Rows.packed(packed))
             model(torch.zeros(sum(packed), dtype=torch.long, device=groups.device()), Rows.packed(packed), cache)
             live.at("forward")
             cache.begin_decode(lengths, longest - 1)

@@ -1,7 +1,8 @@
 """Text from a CausalLM: packed prefill, cached decoding, continuous batching.
 
 A row is one sample of one prompt. Rows occupy cache slots; a finished row leaves at once and the next prompt takes its place,
-so the batch stays full until the prompts run out. Several samples of a prompt prefill once and share the copy.
+so the batch stays full until the prompts run out. Several samples of a prompt prefill once and share the copy, and so does what all
+prompts begin with: a chat template, a system prompt, worked examples.
 Where memory does not suffice for the batch that was asked for, it is halved, on all ranks alike; the tokens stay the same.
 """
 
@@ -22,6 +23,7 @@ from llama_rlhf.parallel.regions import all_reduce_
 from llama_rlhf.sampling import Sampling, choose
 
 _PREFILL_TOKENS = 8192      # prompts prefill in packs of about this many tokens
+_PREFIX_SAVES = 256         # tokens that a common beginning must save to be worth a pass of its own
 
 
 @dataclass
@@ -183,6 +185,14 @@ def _largest(make: Callable[[int], _Batch], asked: int, n: int) -> _Batch:
     return batch
 
 
+def _prefix(model: CausalLM, prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with, the last of each not counted; 0 where it saves little, or a token's key depends on its row's length."""
+    first, last = min(prompts), max(prompts)        # as sequences: what these two share, all share
+    n = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))
+    n = min(n, min(map(len, prompts)) - 1)
+    return n if model.config.ntk_beyond is None and n * (len(prompts) - 1) >= _PREFIX_SAVES else 0
+
+
 def _max(value: float) -> float:
     """Over the tensor-parallel ranks."""
     return float(all_reduce_(torch.tensor([float(value)], device=groups.device()), "max"))
@@ -203,6 +213,7 @@ class _Batch:
     def __init__(self, model: CausalLM, prompts, keys, n_slots: int, longest: int, *, eos_ids, sampling: Sampling, min_new_tokens: int,
                  limits: tuple[int, int], with_logprobs: bool, stop, statistics: Statistics, cuda_graphs: bool = False):
         self.model, self.prompts, self.keys, self.n_slots = model, prompts, keys, n_slots
+        self.behind = _prefix(model, prompts)
         self.sampling, self.min_new_tokens, self.limits, self.with_logprobs, self.stop, self.statistics = \
             sampling, min_new_tokens, limits, with_logprobs, stop, statistics
         device = groups.device()
@@ -222,24 +233,25 @@ class _Batch:
 
     def prefill(self, waiting: list[tuple[int, int]]):
         """Fill the free slots from the end of `waiting`: one packed forward over the new prompts, copies for further samples of one."""
-        start, device = time.perf_counter(), groups.device()
+        start, behind = time.perf_counter(), self.behind
+        if behind and not self.cache.has_prefix:
+            self._forward([0], [self.prompts[0][:behind]], 0)
+            self.cache.keep_prefix(behind)
+            self.statistics.prompt_tokens += behind
         new: list[_Row] = []
         packed, n_tokens = [], 0
         taken = len(waiting)
         while taken and len(self.active) + len(new) < self.n_slots:
             i, s = waiting[taken - 1]
             fresh = not new or new[-1].prompt != i
-            if fresh and n_tokens and n_tokens + len(self.prompts[i]) > _PREFILL_TOKENS:
+            if fresh and n_tokens and n_tokens + len(self.prompts[i]) - behind > _PREFILL_TOKENS:
                 break
             taken -= 1
             if fresh:
-                packed.append((len(self.active) + len(new), self.prompts[i]))
-                n_tokens += len(self.prompts[i])
+                packed.append((len(self.active) + len(new), self.prompts[i][behind:]))
+                n_tokens += len(packed[-1][1])
             new.append(_Row(i, s, len(self.prompts[i]), min(self.limits[0], self.limits[1] - len(self.prompts[i]))))
-        sizes = [len(prompt) for _, prompt in packed]
-        self.cache.begin_prefill([slot for slot, _ in packed], sizes)
-        hidden = self.model(torch.tensor([t for _, prompt in packed for t in prompt], device=device), Rows.packed(sizes, device), self.cache,
-                            at=torch.tensor(sizes, device=device).cumsum(0) - 1)
+        hidden = self._forward([slot for slot, _ in packed], [prompt for _, prompt in packed], behind)
         first = len(self.active)
         source, owner = [], {}
         for n, (slot, _) in enumerate(packed):
@@ -259,6 +271,13 @@ class _Batch:
         accepted = self._accept(first, token, logprob)
         self.statistics.prefill_seconds += time.perf_counter() - start
         return accepted
+
+    def _forward(self, slots: list[int], tokens: list[list[int]], behind: int) -> torch.Tensor:
+        """Rows of these tokens, so many more before them in the cache, to these slots: [rows, dim] the states of their last."""
+        rows = Rows.packed([len(row) for row in tokens], groups.device(), behind=behind)
+        self.cache.begin_prefill(slots, rows)
+        return self.model(torch.tensor([t for row in tokens for t in row], device=groups.device()), rows, self.cache,
+                          at=torch.tensor(rows.lengths, device=groups.device()).cumsum(0) - 1)
 
     def decode(self):
         """One token more for every active row."""

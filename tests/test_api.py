@@ -182,3 +182,27 @@ def test_the_lines_of_the_readme_run(folder, model, capsys):
     said = capsys.readouterr().out
     assert said.startswith(generate(model, "What is 17 + 25?").text + "\n") and said.endswith(generate(model, "Tell me a story.", max_new_tokens=30).text)
     assert [len(row) for row in names["answers"]] == [8] * 3 and all("\n\n" not in r.text for row in names["answers"] for r in row)
+
+
+@pytest.mark.parametrize("name", ["llama-9-3", "mistral-window", "mixtral", "bloom", "qwen1"])
+def test_what_all_prompts_begin_with_is_computed_once(name, world_of_one, tmp_path, monkeypatch):
+    """Rotary and ALiBi positions, sliding windows shorter than the common part, experts; first-generation Qwen's keys depend on the row and are left alone."""
+    from llama_rlhf.checkpoint.shards import load_model
+    make_hf(tmp_path, name)
+    model = load_model(str(tmp_path))
+    common = [5, 9, 11, 7, 3, 8, 20, 21, 30]
+    prompts = [common + [40 + i] * (1 + i % 4) for i in range(7)] + [common + [41]]
+    found = []
+    for saves in (1 << 40, 1):
+        monkeypatch.setattr(generation, "_PREFIX_SAVES", saves)
+        facts = generation.Statistics()
+        rows = generation.generate(model, prompts, eos_ids=(2,), max_new_tokens=9, n_samples=2, max_batch_size=5, with_logprobs=True, sampling=generation.Sampling(1.0, seed=3), statistics=facts)
+        found.append((facts.prompt_tokens, [c for row in rows for c in row]))
+    (all_tokens, plain), (fewer, shared) = found
+    if model.config.ntk_beyond:
+        assert all_tokens == fewer
+    else:       # two samples of a prompt that start apart prefill it twice
+        assert all_tokens - fewer >= 7 * len(common) and (all_tokens - fewer) % len(common) == 0
+    for a, b in zip(plain, shared):
+        assert a.tokens == b.tokens and a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+    assert generation._prefix(model, [common, common]) == (0 if model.config.ntk_beyond else len(common) - 1)

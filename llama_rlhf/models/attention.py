@@ -49,16 +49,18 @@ class Rows:
     lengths: tokens of each row, in order (python ints: slicing must not wait for a device).
     positions: [T] position of each token in its own row.
     prompts: tokens of each row that are given at once when it is generated; None: all of them.
+    behind: tokens that every row has before these, in a cache (see KVCache.keep_prefix).
     """
 
     lengths: list[int]
     positions: torch.Tensor
     prompts: list[int] | None = None
+    behind: int = 0
 
     @classmethod
-    def packed(cls, lengths: list[int], device=None, prompts: list[int] | None = None) -> Rows:
-        positions = torch.cat([torch.arange(n) for n in lengths]) if lengths else torch.zeros(0, dtype=torch.long)
-        return cls(list(lengths), positions.to(device or groups.device()), prompts)
+    def packed(cls, lengths: list[int], device=None, prompts: list[int] | None = None, *, behind: int = 0) -> Rows:
+        positions = torch.cat([torch.arange(behind, behind + n) for n in lengths]) if lengths else torch.zeros(0, dtype=torch.long)
+        return cls(list(lengths), positions.to(device or groups.device()), prompts, behind)
 
     def by_length(self) -> tuple[Rows, torch.Tensor | None]:
         """The same rows, longest first, and where their tokens stood: [T] (None: the order is the same)."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from llama_rlhf.models.attention import Rows, packed_attention
+
 _GROWTH = 64        # positions
 
 
@@ -12,7 +14,7 @@ class KVCache:
     """Keys and values of up to n_slots rows of up to max_len tokens each.
 
     The caller says which rows the next forward is about, then runs it:
-        begin_prefill(slots, lengths)   rows from position 0, packed, any lengths
+        begin_prefill(slots, rows)      rows from position 0, packed, any lengths; or from behind the tokens of `keep_prefix`
         begin_decode(lengths)           one token for each of slots 0..B-1, at position lengths[b]
     Slots in use are kept at the front (see `move`), so decoding reads a view and never gathers.
     On a GPU all of it is allocated at once and nothing is copied. On a CPU there are only as many positions as the longest row
@@ -28,6 +30,7 @@ class KVCache:
         self.n_slots, self.max_len, self.peak_bytes = n_slots, max_len, 0
         self.decoding = False
         self.stretch: torch.Tensor | None = None
+        self._prefix: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._make_room(0)
 
     def _make_room(self, n: int) -> None:
@@ -42,21 +45,45 @@ class KVCache:
                     caches[i][:, :, :kept] = old[:, :, :kept]
         self.peak_bytes = max(self.peak_bytes, sum(t.nbytes for t in (*self.k, *self.v)))
 
-    def begin_prefill(self, slots: list[int], lengths: list[int]) -> None:
-        """Rows of these lengths will be written to these slots; the other slots keep what they have."""
-        if max(lengths) > self.max_len:
-            raise ValueError(f"a prompt of {max(lengths)} tokens does not fit the cache of {self.max_len} positions")
-        self._make_room(max(max(lengths), self.k[0].shape[2]))
+    def begin_prefill(self, slots: list[int], rows: Rows) -> None:
+        """These rows will be written to these slots; the other slots keep what they have."""
+        longest = rows.behind + max(rows.lengths)
+        if longest > self.max_len:
+            raise ValueError(f"a prompt of {longest} tokens does not fit the cache of {self.max_len} positions")
+        self._make_room(max(longest, self.k[0].shape[2]))
         self.decoding, self.slots, self._spans, start = False, slots, [], 0
-        for slot, n in zip(slots, lengths):
+        for slot, n in zip(slots, rows.lengths):
             self._spans.append((slot, start, n))
             start += n
+        if rows.behind:     # where the prefix and the new tokens stand among those of whole rows
+            self._whole = Rows.packed([rows.behind + n for n in rows.lengths], rows.positions.device)
+            new = self._whole.positions >= rows.behind
+            self._new, self._old = new.nonzero()[:, 0], (~new).nonzero()[:, 0]
 
-    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """k, v: [T, H, D] of the packed rows given to begin_prefill."""
+    @property
+    def has_prefix(self) -> bool:
+        return bool(self._prefix)
+
+    def keep_prefix(self, n: int) -> None:
+        """What slot 0 has for its first n tokens is what every row to come begins with."""
+        self._prefix = [(k[0, :, :n].transpose(0, 1).clone(), v[0, :, :n].transpose(0, 1).clone()) for k, v in zip(self.k, self.v)]     # [n, H, D]
+
+    def prefill(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Rows, window: int | None, bias: torch.Tensor | None) -> torch.Tensor:
+        """Store k, v ([T, Hkv, D]) of the rows given to begin_prefill, and attend inside each of them. q: [T, H, D] -> [T, H, D]."""
+        behind = rows.behind
         for slot, start, n in self._spans:
-            self.k[layer][slot, :, :n] = k[start:start + n].transpose(0, 1)
-            self.v[layer][slot, :, :n] = v[start:start + n].transpose(0, 1)
+            for cache, x in ((self.k[layer], k), (self.v[layer], v)):
+                cache[slot, :, behind:behind + n] = x[start:start + n].transpose(0, 1)
+        if not behind:
+            return packed_attention(q, k, v, rows, None, window, bias)
+        old = self._prefix[layer]
+        for cache, x in zip((self.k[layer], self.v[layer]), old):
+            cache[self.slots, :, :behind] = x.transpose(0, 1)
+        # the prefix's own queries, which were answered before, are zeros here
+        q, k, v = (x.new_zeros(len(self._whole.positions), *x.shape[1:]).index_copy_(0, self._new, x) for x in (q, k, v))
+        for x, prefix in zip((k, v), old):
+            x.index_copy_(0, self._old, prefix.repeat(len(rows.lengths), 1, 1))
+        return packed_attention(q, k, v, self._whole, None, window, bias)[self._new]
 
     def begin_decode(self, lengths: torch.Tensor, longest: int) -> None:
         """lengths: [B] tokens already cached in slots 0..B-1; longest: their maximum, known to the host."""

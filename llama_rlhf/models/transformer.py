@@ -217,8 +217,7 @@ class Attention(nn.Module):
             if cache.decoding:
                 out = cache.attend(layer, q, k, v, self.window, places.slopes)
             else:
-                cache.write(layer, k, v)
-                out = packed_attention(q, k, v, rows, mapping, self.window, places.bias)
+                out = cache.prefill(layer, q, k, v, rows, self.window, places.bias)
         return self.wo(_chosen(out.flatten(1), at), places.split)
 
     def _mapping(self, device: torch.device) -> torch.Tensor | None:
@@ -385,7 +384,7 @@ class Transformer(nn.Module):
         if config.positions == "alibi":
             decoding = cache is not None and cache.decoding
             return Places(slopes=self._constants,
-                          bias=None if decoding else alibi_bias(self._constants, max(rows.lengths), self.dtype))
+                          bias=None if decoding else alibi_bias(self._constants, rows.behind + max(rows.lengths), self.dtype))
         frequencies, query_scale = self._constants, None
         if config.ntk_beyond is not None:
             frequencies = self._stretched(frequencies, rows, cache, config.ntk_beyond)
