@@ -197,7 +197,8 @@ def main():
     parser.add_argument("--label_file", default=os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "dataset/GSM8K/test.json"))
     parser.add_argument("--n_questions", type=int, default=256)
     parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=64, help="rows at once of job and samples")
+    parser.add_argument("--own_batch", type=int, default=-1, help="of our side of job, where it is to be another")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--cache", default=None, help="of the peer: None (dynamic) or static")
     parser.add_argument("--threads", type=int, default=2)
@@ -226,10 +227,11 @@ def main():
     if "job" in asked:
         facts = Statistics()
         options = dict(max_new_tokens=args.max_new_tokens, batch=args.batch, eos=tokenizer.eos_ids)
-        seconds, (a, b) = alternate(lambda: ours(model, prompts, **options, statistics=facts), lambda: theirs(peer, prompts, **options, cache=args.cache), max(1, args.pairs // 2))
+        own = options | {"batch": args.batch if args.own_batch == -1 else args.own_batch}
+        seconds, (a, b) = alternate(lambda: ours(model, prompts, **own, statistics=facts), lambda: theirs(peer, prompts, **options, cache=args.cache), max(1, args.pairs // 2))
         same = sum(x == y for x, y in zip(a, b))
         tokens = [sum(len(row[0]) for row in side) for side in (a, b)]
-        show(f"{len(prompts)} questions", seconds, f"; {same} texts the same, {tokens[0]} and {tokens[1]} tokens; "
+        show(f"{len(prompts)} questions, {own['batch']} rows at once, theirs {args.batch}", seconds, f"; {same} texts the same, {tokens[0]} and {tokens[1]} tokens; "
              f"of the decode rows we computed {1 - (tokens[0] - len(prompts)) * len(seconds) / max(1, facts.decode_rows):.1%} gave no token of an answer, "
              f"{facts.decode_rows / max(1, facts.slot_steps):.1%} of slots x steps were filled")
     if "samples" in asked:

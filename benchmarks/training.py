@@ -7,7 +7,7 @@ DIR: a Hugging Face folder, e.g. made by checkpoint_split.py --format hf. The ve
 best (--micro_batch, --peer_micro_batch). The sides alternate; a ratio is the median over steps of the peer's seconds over ours. The first
 step of each side counts for the loss only. bf16: our optimizer keeps fp32 masters, the peers' works on the bf16 weights.
 
-  full    fine-tuning of all weights: transformers padded, TRL's SFTTrainer
+  full    fine-tuning of all weights: transformers padded, TRL's SFTTrainer with rows sorted by length, and by its defaults
   lora    rank 16 on all linear layers: transformers + peft, SFTTrainer + peft
   reward  chosen and rejected answers: TRL's RewardTrainer
   loss    memory of the loss of 8192 tokens at a vocabulary of 152,064, forward and backward
@@ -152,7 +152,7 @@ def compare(what, options, folder, rows):
     if options.peer_python:
         peer = [options.peer_python, os.path.join(HERE, "training_peer.py"), *common, "--micro_batch", str(options.peer_micro_batch),
                 "--attention", options.peer_attention, *(["--lora_rank", "16"] if what == "lora" else [])]
-        names = {"full": {"transformers": "transformers", "trl": "sft"}, "lora": {"peft": "transformers", "trl": "sft"}, "reward": {"trl": "reward"}}[what]
+        names = {"full": {"transformers": "transformers", "trl": "sft", "trl, defaults": "sft_defaults"}, "lora": {"peft": "transformers", "trl": "sft"}, "reward": {"trl": "reward"}}[what]
         sides |= {name: Side([*peer, "--side", side]) for name, side in names.items()}
     return sides
 

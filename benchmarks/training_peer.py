@@ -4,6 +4,7 @@
 
 --side transformers  a plain loop: rows padded to the longest, model(labels=...).loss, clipping, fused AdamW; with --lora_rank by peft
 --side sft           TRL's SFTTrainer, rows sorted by length into micro-batches, so that little is padded
+--side sft_defaults  the same as its defaults have it: rows as they come, 8 in a micro-batch, activations computed again
 --side reward        TRL's RewardTrainer
 
 The steps' rows stand in a json file: [[{"tokens": [...], "prompt_len": n} or {"chosen": [...], "rejected": [...]}, ...], ...].
@@ -21,7 +22,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", choices=["transformers", "sft", "reward"], required=True)
+    parser.add_argument("--side", choices=["transformers", "sft", "sft_defaults", "reward"], required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--steps", required=True, help="json file")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="of the weights; the optimizer works in the same")
@@ -110,13 +111,14 @@ def trl(model, steps, options):
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
-    reward = options.side == "reward"
+    reward, defaults = options.side == "reward", options.side == "sft_defaults"
+    micro_batch = 8 if defaults else options.micro_batch
     length = (lambda row: max(len(row["chosen"]), len(row["rejected"]))) if reward else (lambda row: len(row["tokens"]))
-    rows = [row for step in steps for row in sorted(step, key=length, reverse=True)]
+    rows = [row for step in steps for row in (step if defaults else sorted(step, key=length, reverse=True))]
     n_rows = len(steps[0])
-    common = dict(output_dir=os.path.join(tempfile.gettempdir(), "training_peer"), per_device_train_batch_size=options.micro_batch,
-                  gradient_accumulation_steps=n_rows // options.micro_batch, max_steps=len(steps), learning_rate=options.lr, lr_scheduler_type="constant",
-                  max_length=None, gradient_checkpointing=False, bf16=False, use_cpu=True, report_to="none", save_strategy="no", logging_steps=1,
+    common = dict(output_dir=os.path.join(tempfile.gettempdir(), "training_peer"), per_device_train_batch_size=micro_batch,
+                  gradient_accumulation_steps=n_rows // micro_batch, max_steps=len(steps), learning_rate=options.lr, lr_scheduler_type="constant",
+                  max_length=None, gradient_checkpointing=defaults, bf16=False, use_cpu=True, report_to="none", save_strategy="no", logging_steps=1,
                   disable_tqdm=True, weight_decay=0.01, adam_beta2=0.95, optim="adamw_torch_fused", dataloader_pin_memory=False)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

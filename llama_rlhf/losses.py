@@ -70,16 +70,16 @@ class _TokenLogprobs(torch.autograd.Function):
         for v in columns:
             logits = hidden @ weight[v].t() if kept is None else kept
             for b in _slices(n, max(1, ctx.block * vocab // max(1, logits.shape[1]))):
-                logp = logits[b].to(torch.float32, copy=True).div_(ctx.temperature).sub_(lse[b, None])
-                p = logp.exp()
+                logp = torch.sub(logits[b] if ctx.temperature == 1 else logits[b].float() / ctx.temperature, lse[b, None])      # fp32, as lse
                 if entropy is not None and g_entropy is not None:
+                    p = logp.exp()
                     dz = logp.add_(entropy[b, None]).mul_(p).mul_(-g_entropy[b, None])
                     dz.addcmul_(p, -g[b, None].expand_as(p))
                 else:
-                    dz = p.mul_(-g[b, None])
+                    dz = logp.exp_().mul_(-g[b, None])
                 here = mine[b] & (local[b] >= v.start) & (local[b] < v.stop)
                 dz.scatter_add_(1, (local[b] - v.start).clamp(0, logits.shape[1] - 1)[:, None], (g[b] * here)[:, None])
-                logits[b] = dz.div_(ctx.temperature)
+                logits[b] = dz if ctx.temperature == 1 else dz.div_(ctx.temperature)
             if d_hidden is not None and len(columns) == 1:
                 torch.mm(logits, weight, out=d_hidden)
             elif d_hidden is not None:

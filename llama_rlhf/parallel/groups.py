@@ -50,6 +50,10 @@ def initialize(model_parallel_size: int = -1, *, timeout_seconds: float = 600.0,
         _state["device"] = torch.device("cuda", local_rank)
     else:
         _state["device"] = torch.device("cpu")
+        # torch's matrix library keeps what it prepared for 1024 shapes, half a MB each, twice; packed tokens make new shapes at every step, and a step has
+        # about a hundred. Read once, by the first product: whoever imported us may have made it already
+        for variable, n in (("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128"), ("LRU_CACHE_CAPACITY", "64")):
+            os.environ.setdefault(variable, n)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # torchrun sets OMP_NUM_THREADS=1 when it is unset, which wastes every core but one per process
         if os.environ.get("OMP_NUM_THREADS", "1") == "1":
