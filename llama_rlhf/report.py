@@ -274,10 +274,11 @@ def write(paths: list[str], out: str) -> str:
     scored = [(run, record["step"], *coloured(record["responses"])) for run in runs for record in run.of("scored")[-1:]]
     lines = [(panel[0] + (f" ({label})" if len(panel[2]) > 1 else ""), panel[1], [series(run, kind, name, 10**9)[1] for run in runs])
              for panel in PANELS for kind, name, label in panel[2]]
+    notes = {title: note for title, note in NOTES.items() if "intervals" not in note or any(record.get("interval") for run in runs for record in run.of("evaluation"))}
     environment = Environment(loader=FileSystemLoader(os.path.dirname(os.path.abspath(__file__))), autoescape=True, undefined=StrictUndefined,
                               trim_blocks=True, lstrip_blocks=True)
     page = environment.get_template("report.html").render(
-        runs=runs, curves=svgs, notes=NOTES, scored=scored, lines=[line for line in lines if any(line[2])], samples=before_and_after(runs), number=number,
+        runs=runs, curves=svgs, notes=notes, scored=scored, lines=[line for line in lines if any(line[2])], samples=before_and_after(runs), number=number,
         duration=duration, headline=headline(runs), headlines=headlines, wall_seconds=wall_seconds, phases=seconds_by_phase, colours=colours_of_phases(runs),
         memory=memory, planned=planned, size=size, shown_ratio=SHOWN_RATIO, settings=table(runs, "settings"), environments=table(runs, "environment"),
         drawn_samples=[(run, run.of("samples")[:: max(1, len(run.of("samples")) - 1)]) for run in runs if run.of("samples")])
