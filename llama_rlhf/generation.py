@@ -45,7 +45,7 @@ class Completion:
 class Statistics:
     """What a call of `generate` did; rates are over its wall time."""
 
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0          # that were computed: what all prompts begin with counts once
     new_tokens: int = 0
     decode_steps: int = 0
     decode_rows: int = 0            # rows computed, over all decode steps: every one gives a token of a response
