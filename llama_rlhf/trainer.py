@@ -331,9 +331,8 @@ def response_values(model: ValueModel, tokens: list[list[int]], prompt_lengths: 
     """
     lengths, device = [len(row) for row in tokens], groups.device()
     before, after = prediction_rows(lengths, prompt_lengths)
-    both = torch.cat([before, torch.tensor(lengths).cumsum(0) - 1]).sort().values
-    at = {"before": before, "after": after, "both": both}[where].to(device)
-    return model.values(model(torch.tensor([t for row in tokens for t in row], device=device), Rows.packed(lengths, device), at=at))
+    at = torch.cat([before, torch.tensor(lengths).cumsum(0) - 1]).sort().values if where == "both" else {"before": before, "after": after}[where]
+    return model.values(model(torch.tensor([t for row in tokens for t in row], device=device), Rows.packed(lengths, device), at=at.to(device)))
 
 
 def final_scores(model: ValueModel, tokens: list[list[int]]) -> torch.Tensor:
