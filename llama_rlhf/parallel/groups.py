@@ -13,6 +13,7 @@ import datetime
 import io
 import os
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -150,6 +151,9 @@ def shutdown() -> None:
     if "watch" in _state:
         _state["watch"].stop()
     if dist.is_initialized():
+        # gloo's thread may still be about to drop the last tensor that it summed, for which it needs Python's lock; the groups' end would
+        # hold the lock and wait for the thread, for ever
+        time.sleep(0.05 if dist.get_world_size() > 1 else 0)
         fairscale_groups.destroy_model_parallel()
         dist.destroy_process_group()
     _state.clear()

@@ -27,6 +27,11 @@ class Ending:
     peak_mb: float
 
 
+def held_mb():
+    """What this process holds in memory now."""
+    return _status("VmRSS:")
+
+
 def _status(key):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) / 1024 for line in file if line.startswith(key))

@@ -5,7 +5,7 @@
 Each case runs in a process of its own with a limit on time and memory. Three tables are printed; the exit code is 1 if
 any case ended in a way that it must not: a difference unnoticed although the file has checksums, a program executed, a signal, a
 hang, an exception that is not an error message, a message that does not name its file, an attack that took over 2 s of processor
-time or 500 MB. --kinds and --only TEXT keep the kinds of damaged files, and the attacks and fuzz targets, that contain TEXT.
+time or 100 MB more than torch and the others hold. --kinds and --only TEXT keep the kinds of damaged files, and the attacks and fuzz targets, that contain TEXT.
 """
 
 import argparse
@@ -27,10 +27,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 
 from campaigns import strangers_corpus, strangers_fuzz  # noqa: E402
-from campaigns.isolation import run_cases, work_seconds  # noqa: E402
+from campaigns.isolation import held_mb, run_cases, work_seconds  # noqa: E402
 from llama_rlhf import chat_templates, cli  # noqa: E402
 
-LIMIT_SECONDS, LIMIT_MB = 2.0, 500      # for an attack to be refused in
+LIMIT_SECONDS, LIMIT_MB = 2.0, 100      # for an attack to be refused in; the memory is what it takes beside the packages
 
 
 # -- what is opened, and what a reader gets of it ----------------------------------------------------------------------
@@ -341,7 +341,7 @@ def attacked(root, only):
         opens = corpus[name][0](folder / "files", canary)
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")             # the peak is of opening, not of building
-        start, work = time.monotonic(), work_seconds()
+        start, work, held = time.monotonic(), work_seconds(), held_mb()
         try:
             opens()
             kind, detail = "loaded", ""
@@ -352,7 +352,7 @@ def attacked(root, only):
         if chat_templates._worker:
             chat_templates._worker[1].kill()
             chat_templates._worker[1].wait()            # its work counts
-        return ("EXECUTED" if canary.exists() else kind), json.dumps([seconds, work_seconds() - work, detail[:300]])
+        return ("EXECUTED" if canary.exists() else kind), json.dumps([seconds, work_seconds() - work, held, detail[:300]])
 
     def lure(name):
         folder = Path(tempfile.mkdtemp(dir=root))
@@ -367,12 +367,12 @@ def attacked(root, only):
     baits = {name: ending.kind for name, ending in run_cases(lure, [name for name in corpus if corpus[name][1]])}
     results = []
     for name, ending in run_cases(attack, corpus):
-        waited = ending.seconds
+        waited, held = ending.seconds, 0
         if ending.kind in ("refused", "loaded", "traceback", "EXECUTED"):
-            waited, ending.seconds, ending.detail = json.loads(ending.detail)
+            waited, ending.seconds, held, ending.detail = json.loads(ending.detail)
         harmless = ending.kind == "loaded" and baits.get(name) == "works"      # a program that was there, and ignored
         fault = "" if ending.kind == "refused" or harmless else ending.kind
-        if ending.seconds > LIMIT_SECONDS or ending.peak_mb > LIMIT_MB:
+        if ending.seconds > LIMIT_SECONDS or ending.peak_mb > held + LIMIT_MB:
             fault = fault or "too slow" if ending.seconds > LIMIT_SECONDS else "too much memory"
         if baits.get(name) == "dead":
             fault = "its program does not work: the attack shows nothing"
