@@ -153,15 +153,18 @@ def generating(config: ModelConfig, prompt: int, longest: int, slots: int, *, lo
         # with experts their counts are real numbers among fake tensors, which inference mode does not allow
         with torch.no_grad(), torch.inference_mode(config.n_experts == 0), live:
             cache = model.new_cache(slots, longest)
-            live.at("forward")
+            live.now = 0            # counted below, as far as it is written
+            live.at("prefill")
             cache.begin_prefill(list(range(len(packed))), Rows.packed(packed))
+            prompts = cache.n_bytes
             model(torch.zeros(sum(packed), dtype=torch.long, device=groups.device()), Rows.packed(packed), cache)
-            live.at("forward")
+            live.at("decode")
             cache.begin_decode(lengths, longest - 1)
             hidden = model(lengths, Rows([1] * slots, lengths), cache)
             choose(hidden, model.head_weight, model.partition.held["vocab"], Sampling(1.0), (lengths, lengths, lengths), with_logprobs=True)
-        return {**_weights(model), "weight copies": bytes_held(model, model.head_weight), "KV cache": cache.peak_bytes, "forward": live.peaks["forward"], "sampling": live.peaks["sampling"]}
+        return {**_weights(model), "weight copies": bytes_held(model, model.head_weight), "KV cache": cache.peak_bytes, "activations": live.peaks["prefill"],
+                "logits": live.peaks["sampling"], "prefill": prompts + live.peaks["prefill"], "decode": cache.peak_bytes + max(live.peaks["decode"], live.peaks["sampling"])}
 
     found = _over_layers(config, numbers)
-    found |= {"activations": found["forward"] - found["KV cache"], "logits": found["sampling"] - found["KV cache"], "peak": max(found["forward"], found["sampling"]) + found["weight copies"]}
+    found["peak"] = max(found["prefill"], found["decode"]) + found["weight copies"]
     return found

@@ -25,11 +25,11 @@ class _TokenLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, vocab_start, temperature, with_entropy):
+    def forward(ctx, hidden, weight, targets, vocab_start, temperature, with_entropy, keeps):
         ctx.set_materialize_grads(False)        # an entropy that is only looked at costs nothing in backward
         n, vocab = hidden.shape[0], weight.shape[0]
         row = hidden.element_size() * max(1, vocab)
-        chunks = _slices(n, n if n * row <= _KEPT_BYTES else _CHUNK_BYTES // row)
+        chunks = _slices(n, n if keeps and n * row <= _KEPT_BYTES else _CHUNK_BYTES // row)
         block = n if hidden.is_cuda else _BLOCK_BYTES // (4 * max(1, vocab))
         local = targets - vocab_start
         mine = (local >= 0) & (local < vocab)
@@ -88,7 +88,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 torch.mm(logits.t(), hidden, out=d_weight[v])
         if d_hidden is not None:
             d_hidden = all_reduce_(d_hidden.to(hidden.dtype))       # each rank saw only its own vocabulary rows
-        return d_hidden, d_weight, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None
 
 
 def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, *, vocab_start: int = 0,
@@ -99,7 +99,7 @@ def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Te
     hidden: [N, dim]; weight: [this rank's vocabulary rows, dim]; targets: [N] global ids; vocab_start: this rank's first id.
     Returns logprobs [N] fp32, and entropy [N] in nats when with_entropy.
     """
-    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, targets, vocab_start, temperature, with_entropy)
+    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, targets, vocab_start, temperature, with_entropy, torch.is_grad_enabled())
     return (logprobs, entropy) if with_entropy else logprobs
 
 

@@ -46,9 +46,13 @@ class Roles:
 
     @contextlib.contextmanager
     def using(self, *models: Transformer, trainer=None):
-        """The models are on the device inside, and wait in host memory afterwards. trainer: its masters and moments come and go too."""
+        """The models are on the device inside, and wait in host memory afterwards. trainer: its masters and moments come and go too.
+        On a CPU what one role's work leaves in malloc's holes goes back to the system: the next role's blocks have other sizes."""
         if not self.moves:
-            yield
+            try:
+                yield
+            finally:
+                groups.release_freed_memory(always=True)
             return
         for model in models:
             self._fetch(model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -17,33 +19,45 @@ class KVCache:
         begin_prefill(slots, rows)      rows from position 0, packed, any lengths; or from behind the tokens of `keep_prefix`
         begin_decode(lengths)           one token for each of slots 0..B-1, at position lengths[b]
     Slots in use are kept at the front (see `move`), so decoding reads a view and never gathers.
-    On a GPU all of it is allocated at once and nothing is copied. On a CPU there are only as many positions as the longest row
-    needs, and some: matrix products there want one block without gaps, and take half the time for it.
+    All of it is allocated at once. On a GPU nothing is copied. On a CPU the keys of a layer, and its values, stand at the front of their part, with
+    only as many positions as the longest row needs, and some: matrix products there want one block without gaps, and take half the time for it,
+    and pages that were never written take no memory.
     stretch: [n_slots], set by models whose rotary base was chosen at prefill; it stays with the row.
     """
 
     def __init__(self, n_layers: int, n_slots: int, n_heads: int, max_len: int, head_dim: int, *, dtype, device):
         self._on_cpu = torch.device(device).type == "cpu"
-        shape = (n_slots, n_heads, 0 if self._on_cpu else max_len, head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+        self._shape = (n_slots, n_heads, max_len, head_dim)
+        size, options = math.prod(self._shape), dict(dtype=dtype, device=device)
+        memory = torch.empty(2 * n_layers, size, **options).unbind() if self._on_cpu else [torch.zeros(size, **options) for _ in range(2 * n_layers)]
+        self._memory = memory[:n_layers], memory[n_layers:]
+        self._lay_out(0 if self._on_cpu else max_len)
         self.n_slots, self.max_len, self.peak_bytes = n_slots, max_len, 0
         self.decoding = False
         self.stretch: torch.Tensor | None = None
         self._prefix: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._make_room(0)
 
+    def _lay_out(self, room: int) -> None:
+        n_slots, n_heads, _, head_dim = self._shape
+        self.k, self.v = ([part[:n_slots * n_heads * room * head_dim].view(n_slots, n_heads, room, head_dim) for part in parts] for parts in self._memory)
+
     def _make_room(self, n: int) -> None:
         """At least n positions; on a CPU not many more."""
         held = self.k[0].shape[2]
         if self._on_cpu and (n > held or n + 2 * _GROWTH < held):
             room = min(self.max_len, -(-n // _GROWTH) * _GROWTH)
-            kept = min(held, room)
-            for caches in (self.k, self.v):
-                for i, old in enumerate(caches):        # one at a time: the old one is freed before the next is made
-                    caches[i] = old.new_zeros(*old.shape[:2], room, old.shape[3])
-                    caches[i][:, :, :kept] = old[:, :, :kept]
-        self.peak_bytes = max(self.peak_bytes, sum(t.nbytes for t in (*self.k, *self.v)))
+            kept, before = min(held, room), (*self.k, *self.v)
+            self._lay_out(room)
+            for old, new in zip(before, (*self.k, *self.v)):        # the same memory
+                new[:, :, :kept] = old[:, :, :kept].clone()
+                new[:, :, kept:] = 0
+        self.peak_bytes = max(self.peak_bytes, self.n_bytes)
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the positions that there are."""
+        return sum(t.nbytes for t in (*self.k, *self.v))
 
     def begin_prefill(self, slots: list[int], rows: Rows) -> None:
         """These rows will be written to these slots; the other slots keep what they have."""
