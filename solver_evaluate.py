@@ -174,12 +174,12 @@ def main(
         if perplexity:
             metrics |= reference_loss(model, tokenizer, problems, prompts, longest)
         del model       # its memory is the verifier's
+        memory.stop()
     groups.log(show(metrics))
     if verifier_ckpt_dir:
         verifier = load_model(verifier_ckpt_dir, ValueModel, dtype=groups.default_dtype(dtype), trainable=False, need_head=True)
         check_vocabulary(verifier_tokenizer, verifier, verifier_ckpt_dir)
-        if samples_file:
-            memory.start()
+        memory.start()
         score_samples(verifier, verifier_tokenizer, rows, **prompt_options)
         write_samples(written[0], rows)
         metrics["selection"] = select(rows, verifier.score)

@@ -8,6 +8,7 @@ Where memory does not suffice for the batch that was asked for, it is halved, on
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from llama_rlhf.decode_graphs import DecodeGraphs, check_cuda_graphs
+from llama_rlhf.models.kv_cache import KVCache
 from llama_rlhf.models.transformer import CausalLM, Rows
 from llama_rlhf.parallel import groups
 from llama_rlhf.parallel.layers import held, weights_held
@@ -207,6 +209,12 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
+def _step(model: CausalLM, cache: KVCache, current: torch.Tensor, lengths: torch.Tensor, n: int, longest: int) -> torch.Tensor:
+    """[n, dim]: the states of the current tokens of slots 0..n-1."""
+    cache.begin_decode(lengths[:n], longest)
+    return model(current[:n], Rows([1] * n, lengths[:n]), cache)
+
+
 class _Batch:
     """The rows that are generated at once. active[b] lives in slot b of the cache."""
 
@@ -224,7 +232,8 @@ class _Batch:
         self.current = torch.zeros(n_slots, dtype=torch.long, device=device)        # the token each row decodes next
         self.identity = torch.zeros(2, n_slots, dtype=torch.long, device=device)    # key and sample of each slot
         self.active: list[_Row] = []
-        self.forward = DecodeGraphs(self._decode, n_slots, longest) if cuda_graphs else self._decode
+        step = functools.partial(_step, model, self.cache, self.current, self.lengths)      # a method would keep all of this alive until garbage is collected
+        self.forward = DecodeGraphs(step, n_slots, longest) if cuda_graphs else step
         if device.type == "cuda":       # now, when all ranks can still agree on less: what passes through a layer and the head
             config = model.config
             tokens = min(_PREFILL_TOKENS + longest, n_slots * longest)
@@ -289,10 +298,6 @@ class _Batch:
         self.statistics.decode_rows += n
         self.statistics.slot_steps += self.n_slots
         return self._accept(0, token, logprob)
-
-    def _decode(self, n: int, longest: int) -> torch.Tensor:
-        self.cache.begin_decode(self.lengths[:n], longest)
-        return self.model(self.current[:n], Rows([1] * n, self.lengths[:n]), self.cache)
 
     def _pick(self, hidden, rows: list[_Row], here: slice):
         young = [len(row.tokens) < self.min_new_tokens for row in rows] if self.min_new_tokens else ()

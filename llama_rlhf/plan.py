@@ -29,8 +29,9 @@ from llama_rlhf.reward import _PACK_TOKENS, JointModel
 from llama_rlhf.rollout import _PASS_TOKENS
 
 
-# what a CPU process holds besides, measured on SmolLM2-135M (docs/TRAINING.md): workspaces of the libraries, and blocks that malloc keeps between others
-_LIBRARIES, _KEPT_SHARE = 120_000_000, 0.14
+# what a CPU process holds besides, measured on SmolLM2-135M (docs/TRAINING.md): workspaces of the libraries, and of what comes and goes the share
+# that malloc keeps between other blocks; where something is trained, and where nothing is
+_LIBRARIES, _KEPT_SHARE = {True: 120_000_000, False: 15_000_000}, {True: 0.14, False: 0.10}
 
 
 class Plan:
@@ -68,8 +69,9 @@ class Plan:
         """Bytes that a CPU process takes beyond its tensors, by experience; 0 on a GPU, whose allocator counts tensors."""
         if groups.device().type == "cuda":
             return 0
-        sums = groups.tp_size() * 2 * _SLOT_BYTES if groups.tp_size() > 1 else 0
-        return _LIBRARIES + int(_KEPT_SHARE * self.passing) + sums
+        trains = any(kinds["optimizer"] for kinds in self.roles.values())
+        sums = groups.tp_size() * 2 * _SLOT_BYTES if groups.tp_size() > 1 and trains else 0     # decoding sums little at a time
+        return _LIBRARIES[trains] + int(_KEPT_SHARE[trains] * self.passing) + sums
 
     def line(self, peak: int) -> str:
         """Of models smaller than 0.1 GB no ratio: beside them the workspaces of libraries are most of the peak."""

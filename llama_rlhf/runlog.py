@@ -216,9 +216,9 @@ def peak_memory_gb() -> float:
 
 
 class PeakMemory:
-    """The most memory this process holds at once after `start`, beyond what it held when this object was made (interpreter, libraries, data).
+    """The most memory this process holds at once between `start` and `stop`, or now, beyond what it held when this object was made (interpreter, libraries, data).
 
-    Make it before the models are loaded, start it when they are: reading files in passing is then not counted. Bytes of device memory on
+    Make it before the models are loaded, start it when they are, and stop it while more are: reading files in passing is then not counted. Bytes of device memory on
     CUDA; on a CPU of resident memory without mapped files, which are the code of libraries.
     trains: an optimizer will be made; what its first use imports (a second) is no part of the run's memory.
     """
@@ -226,6 +226,7 @@ class PeakMemory:
     def __init__(self, *, trains: bool = True):
         if trains:
             torch.optim.AdamW([torch.zeros(1, requires_grad=True)])
+        self._before = 0
         self._base = 0 if groups.device().type == "cuda" else self._resident("RssAnon") + self._resident("RssShmem")
 
     def start(self) -> None:
@@ -236,11 +237,14 @@ class PeakMemory:
             with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
                 file.write("5")         # the kernel's mark of the peak falls to what is held now
 
+    def stop(self) -> None:
+        self._before = self.n_bytes
+
     @property
     def n_bytes(self) -> int:
         if groups.device().type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        return self._resident("VmHWM") - self._resident("RssFile") - self._base
+            return max(self._before, torch.cuda.max_memory_allocated())
+        return max(self._before, self._resident("VmHWM") - self._resident("RssFile") - self._base)
 
     @staticmethod
     def _resident(key: str) -> int:

@@ -1,8 +1,10 @@
 """load, generate, stream: what they promise to people who call them from Python; memory that runs out; the chat."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -113,6 +115,23 @@ def test_out_of_memory_while_generating_halves_the_batch(model, monkeypatch, cap
     monkeypatch.setattr(generation._Batch, "decode", lambda self: (_ for _ in ()).throw(RuntimeError("another fault")))
     with pytest.raises(RuntimeError, match="another fault"):
         generate(model, PROMPTS, **options)
+
+
+def test_the_cache_is_gone_when_generation_ends(model, monkeypatch):
+    """At once, not when garbage is collected: the memory is the next phase's."""
+    caches, make = [], generation._Batch.__init__
+
+    def watched(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        caches.append(weakref.ref(self.cache))
+
+    monkeypatch.setattr(generation._Batch, "__init__", watched)
+    gc.disable()
+    try:
+        generate(model, PROMPTS, max_new_tokens=5)
+    finally:
+        gc.enable()
+    assert [cache() for cache in caches] == [None]
 
 
 def test_recorded_decode_steps_give_the_same_tokens(model, monkeypatch):
