@@ -49,11 +49,7 @@ class Roles:
         """The models are on the device inside, and wait in host memory afterwards. trainer: its masters and moments come and go too.
         On a CPU what one role's work leaves in malloc's holes goes back to the system: the next role's blocks have other sizes."""
         if not self.moves:
-            try:
-                yield
-            finally:
-                groups.release_freed_memory(always=True)
-            return
+            models, trainer = (), None
         for model in models:
             self._fetch(model)
         if trainer is not None:
@@ -65,6 +61,7 @@ class Roles:
                 trainer.move_state(torch.device("cpu"))
             for model in models:
                 self.send_away(model)
+            groups.release_freed_memory(always=True)
 
     def _fetch(self, model: Transformer) -> None:
         for p in self._own(model):

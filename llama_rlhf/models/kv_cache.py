@@ -31,16 +31,16 @@ class KVCache:
         size, options = math.prod(self._shape), dict(dtype=dtype, device=device)
         memory = torch.empty(2 * n_layers, size, **options).unbind() if self._on_cpu else [torch.zeros(size, **options) for _ in range(2 * n_layers)]
         self._memory = memory[:n_layers], memory[n_layers:]
-        self._lay_out(0 if self._on_cpu else max_len)
         self.n_slots, self.max_len, self.peak_bytes = n_slots, max_len, 0
+        self._lay_out(0 if self._on_cpu else max_len)
         self.decoding = False
         self.stretch: torch.Tensor | None = None
         self._prefix: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._make_room(0)
 
     def _lay_out(self, room: int) -> None:
         n_slots, n_heads, _, head_dim = self._shape
         self.k, self.v = ([part[:n_slots * n_heads * room * head_dim].view(n_slots, n_heads, room, head_dim) for part in parts] for parts in self._memory)
+        self.peak_bytes = max(self.peak_bytes, self.n_bytes)
 
     def _make_room(self, n: int) -> None:
         """At least n positions; on a CPU not many more."""
@@ -52,7 +52,6 @@ class KVCache:
             for old, new in zip(before, (*self.k, *self.v)):        # the same memory
                 new[:, :, :kept] = old[:, :, :kept].clone()
                 new[:, :, kept:] = 0
-        self.peak_bytes = max(self.peak_bytes, self.n_bytes)
 
     @property
     def n_bytes(self) -> int:

@@ -153,7 +153,8 @@ def shutdown() -> None:
     if dist.is_initialized():
         # gloo's thread may still be about to drop the last tensor that it summed, for which it needs Python's lock; the groups' end would
         # hold the lock and wait for the thread, for ever
-        time.sleep(0.05 if dist.get_world_size() > 1 else 0)
+        if dist.get_world_size() > 1:
+            time.sleep(0.05)
         fairscale_groups.destroy_model_parallel()
         dist.destroy_process_group()
     _state.clear()
