@@ -27,6 +27,7 @@ except ImportError:
 _PRODUCTS_FP32 = 1024
 _QUERIES = 128              # of a row that attend together in products: the keys after the last of them are left out
 _GRID_CELLS = 1 << 19       # scores per head that exist at a time
+_KEPT_KEYS = 6              # times the head's width: the longest rows whose probabilities are kept for backward
 
 
 @dataclass
@@ -155,34 +156,37 @@ def _fused(q, k, v, grid: Grid, window: int | None, bias: torch.Tensor | None) -
 class _ProductAttention(torch.autograd.Function):
     """packed_attention by batched products over the grids, a stretch of queries at a time, whose later keys are not multiplied.
 
-    Backward computes the probabilities P again: dV = P^T dO, dS = P * (dP - sum(dP * P)) with dP = dO V^T, dQ = dS K, dK = dS^T Q.
+    Backward, with the probabilities P: dV = P^T dO, dS = P * (dP - sum(dP * P)) with dP = dO V^T, dQ = dS K, dK = dS^T Q. Those of short rows are kept
+    for it, at most a quarter of what a block keeps anyway; of long ones they are computed again.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, grids, window, bias):
-        ctx.save_for_backward(q, k, v, bias)
-        ctx.grids, ctx.window = grids, window
-        out = torch.empty_like(q)
+        kept, out = [], torch.empty_like(q)
         for grid in grids:
             queries, keys, values = _spread(grid, q, k, v)
             found = torch.empty_like(queries)
             for seen, here in _stretches(grid.longest, window):
                 p = _probabilities(_flat(queries, here), _flat(keys, seen), grid, seen, here, window, bias)
+                if _keeps(grid, q) and any(ctx.needs_input_grad):
+                    kept.append(p)
                 found[..., here, :] = torch.bmm(p, _flat(values, seen)).view(found[..., here, :].shape)
             _collect(found, grid, out)
+        ctx.save_for_backward(q, k, v, bias, *kept)
+        ctx.grids, ctx.window = grids, window
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, bias = ctx.saved_tensors
+        q, k, v, bias, *kept = ctx.saved_tensors
         d_q, d_k, d_v = (torch.empty_like(x) for x in (q, k, v))
-        scale = q.shape[-1] ** -0.5
+        scale, kept = q.shape[-1] ** -0.5, iter(kept)
         for grid in ctx.grids:
             queries, keys, values, outs = _spread(grid, q, k, v, grad)
             found, found_k, found_v = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
             for seen, here in _stretches(grid.longest, ctx.window):
                 at, at_k, at_v, out = _flat(queries, here), _flat(keys, seen), _flat(values, seen), _flat(outs, here)
-                p = _probabilities(at, at_k, grid, seen, here, ctx.window, bias)
+                p = next(kept) if _keeps(grid, q) else _probabilities(at, at_k, grid, seen, here, ctx.window, bias)
                 d_scores = torch.ops.aten._softmax_backward_data(torch.bmm(out, at_v.transpose(1, 2)), p, -1, p.dtype)
                 found[..., here, :] = torch.baddbmm(at, d_scores, at_k, beta=0, alpha=scale).view(found[..., here, :].shape)
                 found_k[..., seen, :] += torch.baddbmm(at_k, d_scores.transpose(1, 2), at, beta=0, alpha=scale).view(found_k[..., seen, :].shape)
@@ -190,6 +194,10 @@ class _ProductAttention(torch.autograd.Function):
             for x, d_x in ((found, d_q), (found_k, d_k), (found_v, d_v)):
                 _collect(x, grid, d_x)
         return d_q, d_k, d_v, None, None, None
+
+
+def _keeps(grid: Grid, q: torch.Tensor) -> bool:
+    return grid.longest <= _KEPT_KEYS * q.shape[-1]
 
 
 def _spread(grid: Grid, q: torch.Tensor, k: torch.Tensor, *more: torch.Tensor) -> list[torch.Tensor]:

@@ -43,20 +43,24 @@ class Places:
     split: int | None = None
 
 
-_NORM_CELLS = 600_000       # numbers that a CPU normalises at a time: their fp32 copies fit its cache
+# numbers that a CPU normalises, or turns, at a time: their fp32 copies fit its cache
+_NORM_CELLS, _ROTARY_CELLS = 600_000, 200_000
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x / rms(x) * weight, x [T, ..., d], by blocks of rows that fit a CPU's cache: torch's composite form walks over fp32 copies of x a dozen times.
+    """x / rms(x) * weight, x [..., d]: torch's composite form walks over fp32 copies of x a dozen times. Forward goes by blocks of rows that fit a CPU's cache.
 
-    With n = x / rms(x): dx = (g w - n mean(g w n)) / rms(x), dw = sum of g n over rows.
+    With n = x / rms(x): dx = (g w - n mean(g w n)) / rms(x), dw = sum of g n over rows. LayerNorm's kernel, told that the mean is 0, gives that
+    less mean(g w) / rms(x). Its own dw is summed in the dtype of x: not good enough in bf16.
     """
 
     @staticmethod
     def forward(ctx, x, weight, eps):
         y, scale = torch.empty_like(x), torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        for at in _RMSNorm.blocks(x):
+        rows = max(1, _NORM_CELLS * len(x) // max(1, x.numel()))
+        for start in range(0, len(x), rows):
+            at = slice(start, start + rows)
             y[at] = (x[at] * scale[at]).mul_(weight)
         ctx.save_for_backward(x, weight, scale)
         return y
@@ -64,21 +68,15 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
-        dx, wide = torch.empty_like(x), weight.to(scale.dtype)
-        dw = torch.zeros_like(wide)
-        for at in _RMSNorm.blocks(x):
-            n, g = x[at] * scale[at], grad[at].to(scale.dtype)
-            g_n = g * n
-            mean = (g_n @ wide).div_(len(wide)).unsqueeze(-1)
-            if ctx.needs_input_grad[1]:
-                dw += g_n.flatten(0, -2).sum(0)
-            dx[at] = torch.mul(g, wide, out=g_n).addcmul_(n, mean, value=-1).mul_(scale[at])
-        return dx, dw.to(weight.dtype) if ctx.needs_input_grad[1] else None, None
-
-    @staticmethod
-    def blocks(x):
-        rows = max(1, _NORM_CELLS * len(x) // max(1, x.numel()))
-        return [slice(start, start + rows) for start in range(0, len(x), rows)]
+        d, trains, bf16 = x.shape[-1], ctx.needs_input_grad[1], x.dtype == torch.bfloat16
+        g, rows, scale = grad.reshape(-1, d), x.reshape(-1, d), scale.view(-1, 1)
+        if not bf16:            # fp16 has not bf16's range
+            g, rows, weight = (t.to(scale.dtype) for t in (g, rows, weight))
+        dx, dw, _ = torch.ops.aten.native_layer_norm_backward(g, rows, [d], torch.zeros_like(scale), scale, weight.to(scale.dtype), None, [True, trains and not bf16, False])
+        dx.add_((g @ weight[:, None]) * (scale / d).to(g.dtype))
+        if bf16 and trains:
+            dw = (scale.t().to(g.dtype) @ (g * rows)).view(d)
+        return dx.view(x.shape).to(x.dtype), dw.to(x.dtype) if trains else None, None
 
 
 class RMSNorm(nn.Module):
@@ -139,9 +137,38 @@ def rotary_table(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Te
 
 
 def apply_rotary(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (0,1), (2,3), ... of each head, in fp32. x: [T, H, D]."""
+    """Turn the pairs (0,1), (2,3), ... of each head, in fp32. x: [T, H, D]; turn: see rotary_table."""
+    return _Rotary.apply(x, turn) if torch.is_grad_enabled() and not torch.compiler.is_compiling() else _turned(x, turn)
+
+
+def _turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+
+
+class _Rotary(torch.autograd.Function):
+    """`_turned`, whose backward turns back. On a CPU by blocks of rows whose fp32 copies fit its cache."""
+
+    @staticmethod
+    def forward(ctx, x, turn):
+        ctx.save_for_backward(turn)
+        return _Rotary.by_blocks(x, turn)
+
+    @staticmethod
+    def backward(ctx, grad):
+        turn, = ctx.saved_tensors
+        return _Rotary.by_blocks(grad, turn.conj()), None
+
+    @staticmethod
+    def by_blocks(x, turn):
+        rows = max(1, _ROTARY_CELLS * len(x) // max(1, x.numel()))
+        if x.is_cuda or rows >= len(x):
+            return _turned(x, turn)
+        y = torch.empty_like(x)
+        for start in range(0, len(x), rows):
+            at = slice(start, start + rows)
+            y[at] = _turned(x[at], turn[at])
+        return y
 
 
 def ntk_stretch(length: int, trained: int) -> float:
