@@ -8,7 +8,7 @@ from llama_rlhf.parallel.regions import all_reduce_
 
 _KEPT_BYTES = 256 << 20     # logits, all of a micro-batch's, that are kept for backward
 _CHUNK_BYTES = 128 << 20    # logits alive at a time where there are more, per rank
-_BLOCK_BYTES = 4 << 20      # of them in fp32 at a time on a CPU: about its cache. On a GPU a block is a chunk
+_BLOCK_BYTES = 2 << 20      # of them in fp32 at a time on a CPU: about its cache. On a GPU a block is a chunk
 
 
 def _slices(n: int, rows: int) -> list[slice]:
@@ -35,8 +35,9 @@ class _TokenLogprobs(torch.autograd.Function):
         mine = (local >= 0) & (local < vocab)
         local = local.clamp(0, vocab - 1)
         top, total, chosen, weighted = hidden.new_zeros(4, n, dtype=torch.float32)
+        held = hidden.new_empty(max((c.stop - c.start for c in chunks), default=0), vocab)      # one block for all chunks
         for c in chunks:
-            logits = hidden[c] @ weight.t()
+            logits = torch.mm(hidden[c], weight.t(), out=held[:c.stop - c.start])
             for part in _slices(len(logits), block):
                 b = slice(c.start + part.start, c.start + part.stop)
                 z = logits[part].float()
@@ -67,8 +68,9 @@ class _TokenLogprobs(torch.autograd.Function):
         columns = [slice(0, vocab)] if kept is not None else _slices(vocab, _CHUNK_BYTES // (hidden.element_size() * max(1, n)))
         d_hidden = torch.zeros_like(hidden, dtype=hidden.dtype if len(columns) == 1 else torch.float32) if ctx.needs_input_grad[0] else None
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        held = None if kept is not None else hidden.new_empty(n * (columns[0].stop - columns[0].start))
         for v in columns:
-            logits = hidden @ weight[v].t() if kept is None else kept
+            logits = kept if held is None else torch.mm(hidden, weight[v].t(), out=held[:n * (v.stop - v.start)].view(n, v.stop - v.start))
             for b in _slices(n, max(1, ctx.block * vocab // max(1, logits.shape[1]))):
                 logp = torch.sub(logits[b] if ctx.temperature == 1 else logits[b].float() / ctx.temperature, lse[b, None])      # fp32, as lse
                 if entropy is not None and g_entropy is not None:

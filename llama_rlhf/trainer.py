@@ -174,8 +174,9 @@ class Trainer:
         self._gradients.clear()
         for p in self.parameters:
             p.grad = None
-        if self.n_steps % 8 == 0:
-            groups.release_freed_memory()
+        recomputes = getattr(self.model, "recomputes", False)
+        if self.n_steps % 8 == 0 or recomputes:      # who recomputes has little memory: fetching the pages again costs a percent
+            groups.release_freed_memory(always=recomputes)
         if self.skipped_in_a_row >= self.max_skipped_steps and (scale == 1.0 or finite):
             raise FloatingPointError(
                 f"{self.skipped_in_a_row} steps in a row were skipped: loss or gradient not finite{f', or its norm above {self.spike:g}' if self.spike < math.inf else ''} "

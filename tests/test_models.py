@@ -78,8 +78,8 @@ def varlen_attn_as_documented(q, k, v, ends_q, ends_k, max_q, max_k, *, window_s
 
 @pytest.mark.parametrize("window,bias", [(None, False), (3, False), (None, True)])     # no family has both
 def test_every_form_of_attention_gives_the_same_values_and_gradients(world_of_one, monkeypatch, window, bias):
-    """Fused kernel or plain products, rows alone or on one grid, queries in one stretch or several: which one runs depends on
-    device, dtype and lengths alone."""
+    """Fused kernel or plain products, rows alone or on one grid, queries in one stretch or several, probabilities kept (rows of 1 x 8 here)
+    or computed again: which one runs depends on device, dtype and lengths alone."""
     from llama_rlhf.models import attention, transformer
     torch.manual_seed(0)
     lengths = [9, 8, 9, 5, 1, 2]
@@ -87,8 +87,9 @@ def test_every_form_of_attention_gives_the_same_values_and_gradients(world_of_on
     weight, slopes = torch.randn(sum(lengths), 4, 8), torch.tensor([0.5, 0.25, 0.125, 0.1])
     added = transformer.alibi_bias(slopes, 9, torch.float32) if bias else None
     results = []
-    for longest, queries in ((9, 9), (9, 4), (0, 9)):
+    for longest, queries, kept in ((9, 9, 6), (9, 9, 1), (9, 4, 6), (9, 4, 1), (9, 4, 0), (0, 9, 6)):
         for cells in (1 << 20, 1):
+            monkeypatch.setattr(attention, "_KEPT_KEYS", kept)
             monkeypatch.setattr(attention, "_PRODUCTS_FP32", longest)
             monkeypatch.setattr(attention, "_QUERIES", queries)
             monkeypatch.setattr(attention, "_GRID_CELLS", cells)
@@ -145,6 +146,30 @@ def test_every_row_belongs_to_exactly_one_rank(n):
             wanted = [h * config.n_kv_heads // config.n_heads for h in range(*plan.heads[rank])]
             assert [first + i for i in plan.kv_of_query(rank)] == wanted, (name, n, rank)
             assert plan.kv_heads[rank] == (min(wanted, default=first), max(wanted, default=first - 1) + 1), (name, n, rank)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+def test_gradients_of_norm_and_rotary_are_those_in_fp64(monkeypatch, dtype, tolerance):
+    """By blocks of rows, the last one smaller; errors relative to the mean size, bf16's spacing being 4e-3 to 8e-3 of a number."""
+    from llama_rlhf.models import transformer
+    monkeypatch.setattr(transformer, "_NORM_CELLS", 300 * 48)
+    monkeypatch.setattr(transformer, "_ROTARY_CELLS", 300 * 48)
+    torch.manual_seed(0)
+    x, grad = (torch.randn(1000, 3, 16).to(dtype) + 0.25 for _ in range(2))
+    weight = (1 + 0.3 * torch.randn(16)).to(dtype)
+    turn = transformer.rotary_table(torch.arange(1000) % 90, torch.rand(8))
+    norm = transformer.RMSNorm(16, 1e-5, dtype)
+    norm.weight = torch.nn.Parameter(weight)
+    for name, ours, exact in (("norm", norm, lambda x, w: F.rms_norm(x, (16,), w, 1e-5)),
+                              ("rotary", lambda x: transformer.apply_rotary(x, turn),
+                               lambda x, w: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2))):
+        mine, wide, w = x.clone().requires_grad_(), x.double().requires_grad_(), weight.double().requires_grad_()
+        y, wanted = ours(mine), exact(wide, w)
+        y.backward(grad)
+        wanted.backward(grad.double())
+        pairs = [(y, wanted), (mine.grad, wide.grad)] + ([(norm.weight.grad, w.grad)] if name == "norm" else [])
+        for got, expected in pairs:
+            assert got.dtype == dtype and ((got - expected).square().mean().sqrt() / expected.abs().mean()) < tolerance, (name, dtype)
 
 
 def test_rotary_turns_bf16_states_by_fp32_angles():

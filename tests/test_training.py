@@ -120,11 +120,12 @@ def test_data_parallel_equals_one_replica(tmp_path):
         assert many[0][1] == many[tp][1], "replicas drifted apart"
 
 
-@pytest.mark.parametrize("what", ["all", "mlp", "2"])
-def test_what_is_recomputed_gives_the_same_gradients(what, tmp_path):
+@pytest.mark.parametrize("what, lora_rank", [("all", -1), ("mlp", -1), ("2", -1), ("all", 4), ("mlp", 4)])
+def test_what_is_recomputed_gives_the_same_gradients(what, lora_rank, tmp_path):
+    """With adapters too: the first block's input then has no gradient."""
     make_hf(tmp_path, "llama-9-3", num_hidden_layers=3)
     for n in (1, 2):
-        kept, again = (run_ranks(n, train, str(tmp_path), -1, [[0, 1, 2, 3]], 1, -1, "float32", recompute) for recompute in ("none", what))
+        kept, again = (run_ranks(n, train, str(tmp_path), lora_rank, [[0, 1, 2, 3]], 1, -1, "float32", recompute) for recompute in ("none", what))
         for a, b in zip(kept, again):
             for native, (value, _) in a[0].items():
                 assert (torch.tensor(value) - torch.tensor(b[0][native][0])).abs().max() < 1e-6, (native, n)

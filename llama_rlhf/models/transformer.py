@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from torch import nn
 
 from llama_rlhf.config import ModelConfig
@@ -45,6 +44,7 @@ class Places:
 
 # numbers that a CPU normalises, or turns, at a time: their fp32 copies fit its cache
 _NORM_CELLS, _ROTARY_CELLS = 600_000, 200_000
+_KEPT_BYTES = 12 << 20      # the largest freed blocks that a CPU keeps where memory counts most; the holes between larger ones cannot all be used again
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -327,9 +327,31 @@ class Block(nn.Module):
         return self.feed_forward(self.ffn_norm(x), n_tokens)
 
 
-def _recomputed(function, *args):
-    """function(*args), of which backward keeps nothing but the arguments and computes the rest again."""
-    return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+class _Recomputed(torch.autograd.Function):
+    """function(x, *args), of which backward keeps x alone and computes the rest again.
+
+    Its graph is that of one node. torch's checkpoint keeps the nodes of everything inside; on a CPU these small lasting blocks came to lie between
+    the large passing ones, whose holes malloc then could not use for the next: as much again as the plan.
+    """
+
+    @staticmethod
+    def forward(ctx, anchor, function, x, *args):
+        ctx.save_for_backward(x)
+        ctx.function, ctx.args = function, args
+        return function(x, *args)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[2])
+        with torch.enable_grad():
+            y = ctx.function(x, *ctx.args)
+        if y.requires_grad:
+            torch.autograd.backward(y, grad)
+        return None, None, x.grad, *(None for _ in ctx.args)
+
+
+def _recomputed(function, x, *args):
+    return _Recomputed.apply(x.new_empty(0).requires_grad_(), function, x, *args)      # what is trained is inside, not among the arguments
 
 
 def recompute_period(what: str) -> int:
@@ -350,7 +372,7 @@ class Transformer(nn.Module):
         self.tok_norm = NORMS[config.norm](config.dim, config.norm_eps, dtype) if config.embedding_norm else None
         self.layers = nn.ModuleList(Block(config, self.partition, lora, dtype, i) for i in range(config.n_layers))
         self.norm = NORMS[config.norm](config.dim, config.norm_eps, dtype)
-        self.recompute_every = 0            # blocks 0, k, 2k, ... are; see `recompute`
+        self.recompute_every, self.recomputes = 0, False        # blocks 0, k, 2k, ... are; see `recompute`
         self.splits_tokens = False          # see `sequence_parallel`
         self._constants: torch.Tensor | None = None     # rotary frequencies or ALiBi slopes; never cast with the model: precision
 
@@ -383,9 +405,11 @@ class Transformer(nn.Module):
 
     def recompute(self, what: str) -> None:
         """What backward computes again instead of keeping it: see `recompute_period`."""
-        self.recompute_every = recompute_period(what)
+        self.recompute_every, self.recomputes = recompute_period(what), what != "none"
         for block in self.blocks:
             block.recompute_mlp = what == "mlp"
+        if self.recomputes:
+            groups.keep_freed_memory(up_to=_KEPT_BYTES)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Training passes run every block's norm and feed-forward through torch.compile, one program for all lengths: its elementwise parts are
