@@ -13,10 +13,10 @@
 # What the largest rank needs, as `EXTRA="--device cpu" PLAN=1 MODEL_SIZE=... bash examples/llama2.sh` prints it (activations as on a CPU):
 #
 #   MODEL_SIZE                            solver_train   verifier_train   ppo_train
-#   7B, all weights                          15.250 GB        14.955 GB   31.060 GB    8 GPUs of 40 GB
-#   13B, all weights                         29.384 GB        29.015 GB   59.754 GB    8 GPUs of 80 GB
-#   70B, LoRA of rank 16                     22.714 GB        22.648 GB   38.220 GB    8 GPUs of 80 GB, or of 48 GB
-#   70B, NNODES=4 LORA_RANK=-1               41.352 GB        41.205 GB   86.371 GB    32 GPUs of 141 GB, or of 80 GB with idle roles on the host
+#   7B, all weights                          15.296 GB        15.001 GB   31.093 GB    8 GPUs of 40 GB
+#   13B, all weights                         29.445 GB        29.076 GB   59.795 GB    8 GPUs of 80 GB
+#   70B, LoRA of rank 16                     22.780 GB        22.714 GB   38.425 GB    8 GPUs of 80 GB, or of 48 GB
+#   70B, NNODES=4 LORA_RANK=-1               41.445 GB        41.297 GB   86.435 GB    32 GPUs of 141 GB, or of 80 GB with idle roles on the host
 #
 # On a GPU, idle models of the PPO stage wait in host memory when they exceed half of the card (--keep_resident).
 #

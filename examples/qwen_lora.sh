@@ -11,10 +11,10 @@
 # What the largest rank needs, as `EXTRA="--device cpu" PLAN=1 MODEL_SIZE=... NPROC=... bash examples/qwen_lora.sh` prints it:
 #
 #   MODEL_SIZE, NPROC      solver_train   ppo_train (grpo)
-#   7B, 1                     17.200 GB          31.911 GB
-#   7B, 2                      9.021 GB          16.112 GB
-#   14B, 4                     9.691 GB          16.226 GB
-#   72B, 8                    23.655 GB          38.403 GB
+#   7B, 1                     17.277 GB          31.911 GB
+#   7B, 2                      9.071 GB          16.112 GB
+#   14B, 4                     9.686 GB          16.530 GB
+#   72B, 8                    23.721 GB          38.606 GB
 #
 # Variables besides those in common.sh: MODEL_SIZE (0.5B to 72B of Qwen2.5), MODEL (any other preset of that kind, such as qwen3-8b), POLICY_LOAD (a
 # model fine-tuned with LoRA: skips fine-tuning), CHAT_FORMAT (own: the tokenizer's template), TEST_PATH, LORA_RANK, BATCH_SIZE, MAX_SEQ_LEN,

@@ -31,7 +31,7 @@ from llama_rlhf.rollout import _PASS_TOKENS
 
 # what a CPU process holds besides, measured on SmolLM2-135M (docs/TRAINING.md): workspaces of the libraries, and of what comes and goes the share
 # that malloc keeps between other blocks; where something is trained, and where nothing is
-_LIBRARIES, _KEPT_SHARE = {True: 120_000_000, False: 15_000_000}, {True: 0.14, False: 0.10}
+_LIBRARIES, _KEPT_SHARE = {True: 100_000_000, False: 15_000_000}, {True: 0.14, False: 0.10}
 
 
 class Plan:
