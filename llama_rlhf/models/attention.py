@@ -157,7 +157,7 @@ class _ProductAttention(torch.autograd.Function):
     """packed_attention by batched products over the grids, a stretch of queries at a time, whose later keys are not multiplied.
 
     Backward, with the probabilities P: dV = P^T dO, dS = P * (dP - sum(dP * P)) with dP = dO V^T, dQ = dS K, dK = dS^T Q. Those of short rows are kept
-    for it, at most a quarter of what a block keeps anyway; of long ones they are computed again.
+    for it, with heads of 64 and more about a quarter of what a block keeps anyway, at most; of long ones they are computed again.
     """
 
     @staticmethod

@@ -47,6 +47,12 @@ _NORM_CELLS, _ROTARY_CELLS = 600_000, 200_000
 _KEPT_BYTES = 12 << 20      # the largest freed blocks that a CPU keeps where memory counts most; the holes between larger ones cannot all be used again
 
 
+def _row_blocks(x: torch.Tensor, cells: int) -> list[slice]:
+    """Rows of x in blocks of about so many numbers."""
+    rows = max(1, cells * len(x) // max(1, x.numel()))
+    return [slice(start, start + rows) for start in range(0, len(x), rows)]
+
+
 class _RMSNorm(torch.autograd.Function):
     """x / rms(x) * weight, x [..., d]: torch's composite form walks over fp32 copies of x a dozen times. Forward goes by blocks of rows that fit a CPU's cache.
 
@@ -58,9 +64,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps):
         y, scale = torch.empty_like(x), torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        rows = max(1, _NORM_CELLS * len(x) // max(1, x.numel()))
-        for start in range(0, len(x), rows):
-            at = slice(start, start + rows)
+        for at in _row_blocks(x, _NORM_CELLS):
             y[at] = (x[at] * scale[at]).mul_(weight)
         ctx.save_for_backward(x, weight, scale)
         return y
@@ -161,12 +165,10 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     def by_blocks(x, turn):
-        rows = max(1, _ROTARY_CELLS * len(x) // max(1, x.numel()))
-        if x.is_cuda or rows >= len(x):
+        if x.is_cuda:
             return _turned(x, turn)
         y = torch.empty_like(x)
-        for start in range(0, len(x), rows):
-            at = slice(start, start + rows)
+        for at in _row_blocks(x, _ROTARY_CELLS):
             y[at] = _turned(x[at], turn[at])
         return y
 
@@ -372,7 +374,7 @@ class Transformer(nn.Module):
         self.tok_norm = NORMS[config.norm](config.dim, config.norm_eps, dtype) if config.embedding_norm else None
         self.layers = nn.ModuleList(Block(config, self.partition, lora, dtype, i) for i in range(config.n_layers))
         self.norm = NORMS[config.norm](config.dim, config.norm_eps, dtype)
-        self.recompute_every, self.recomputes = 0, False        # blocks 0, k, 2k, ... are; see `recompute`
+        self.recompute_every = 0            # blocks 0, k, 2k, ... are; see `recompute`
         self.splits_tokens = False          # see `sequence_parallel`
         self._constants: torch.Tensor | None = None     # rotary frequencies or ALiBi slopes; never cast with the model: precision
 
@@ -405,11 +407,15 @@ class Transformer(nn.Module):
 
     def recompute(self, what: str) -> None:
         """What backward computes again instead of keeping it: see `recompute_period`."""
-        self.recompute_every, self.recomputes = recompute_period(what), what != "none"
+        self.recompute_every = recompute_period(what)
         for block in self.blocks:
             block.recompute_mlp = what == "mlp"
         if self.recomputes:
             groups.keep_freed_memory(up_to=_KEPT_BYTES)
+
+    @property
+    def recomputes(self) -> bool:
+        return self.recompute_every > 0 or self.blocks[0].recompute_mlp
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Training passes run every block's norm and feed-forward through torch.compile, one program for all lengths: its elementwise parts are
