@@ -46,7 +46,7 @@ def main(
     max_seq_len: int = -1,
     rollout_batch_size: int = 64,
     max_cache_gb: float = -1.0,
-    cuda_graphs: bool = False,
+    cuda_graphs: str = "auto",
     use_chat_template: bool = False,
     system_prompt: str | None = None,
     kl_coef: float = -1.0,
@@ -139,7 +139,7 @@ def main(
         max_seq_len: prompt and response together; longer prompts are dropped, and counted; -1: the model's own length
         rollout_batch_size: responses generated together, per replica; fewer where memory does not allow it
         max_cache_gb: most memory for their keys and values on a rank, 10^9 bytes; -1: what there is
-        cuda_graphs: record decode steps on CUDA and replay them, one launch a step; new, and not yet run on a GPU by us
+        cuda_graphs: auto, always or never: record decode steps on CUDA and replay them, one launch a step; auto: where one rank holds the model
         use_chat_template: render prompts as the model's chat format does
         system_prompt: put before every prompt
         kl_coef: weight of the KL to the reference; -1: 0.05 in the reward, 0.04 in grpo's loss, 0 for dr_grpo; 0: no reference
@@ -167,7 +167,7 @@ def main(
         keep_resident: auto, always or never: on CUDA, whether idle models stay on the device
         activation_checkpointing: what backward recomputes instead of keeping it: none, all blocks (about a third more time), mlp, or a number k: every k-th block
         sequence_parallel: divide the tokens among the tensor-parallel ranks outside attention and feed-forward: less memory, the same numbers
-        compile: torch.compile the norm and feed-forward of every block, for training on CUDA; the first steps take minutes
+        compile: on CUDA, train through torch.compile where it makes one kernel of several (rotary positions, gates); the first step takes seconds longer
         optimizer_precision: where the updates of bf16 weights go that bf16 cannot hold: master, an fp32 copy; kahan, 16 bits more, 2 bytes less
         zero: 1 shares the optimizer state among the data-parallel replicas
         tracker: none, tensorboard (files in log_dir) or wandb (offline unless WANDB_MODE says otherwise); metrics.jsonl is written always
@@ -328,7 +328,7 @@ def main(
             trained.recompute(activation_checkpointing)
             trained.sequence_parallel(sequence_parallel)
             if compile:
-                trained.compile_blocks()
+                trained.compile_elementwise()
 
     per_epoch = len(fitting) // n_prompts
     iterations = per_epoch * epochs if max_iterations == -1 else min(per_epoch * epochs, max_iterations)

@@ -12,7 +12,7 @@ def main(
     model_type: str = "",
     max_batch_size: int = 64,
     max_cache_gb: float = -1.0,
-    cuda_graphs: bool = False,
+    cuda_graphs: str = "auto",
     max_new_tokens: int = 256,
     max_seq_len: int = -1,
     limit: int = -1,
@@ -53,7 +53,7 @@ def main(
         model_type: a preset such as llama-2-7b, needed only when the checkpoint has no config of its own
         max_batch_size: rows decoded together; fewer where memory does not allow it
         max_cache_gb: most memory for keys and values on a rank, 10^9 bytes, which bounds the rows decoded together; -1: what there is
-        cuda_graphs: record decode steps on CUDA and replay them, one launch a step; new, and not yet run on a GPU by us
+        cuda_graphs: auto, always or never: record decode steps on CUDA and replay them, one launch a step; auto: where one rank holds the model
         max_new_tokens: longest answer, in tokens
         max_seq_len: prompt and answer together; -1: the model's own length
         limit: only the first so many problems; -1: all; with --compare: changed problems to show, -1: 10

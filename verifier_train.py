@@ -100,7 +100,7 @@ def main(
         log_steps: optimizer steps between lines of the log
         activation_checkpointing: what backward recomputes instead of keeping it: none, all blocks (about a third more time), mlp, or a number k: every k-th block
         sequence_parallel: divide the tokens among the tensor-parallel ranks outside attention and feed-forward: less memory, the same numbers
-        compile: torch.compile the norm and feed-forward of every block, for training on CUDA; the first steps take minutes
+        compile: on CUDA, train through torch.compile where it makes one kernel of several (rotary positions, gates); the first step takes seconds longer
         optimizer_precision: where the updates of bf16 weights go that bf16 cannot hold: master, an fp32 copy; kahan, 16 bits more, 2 bytes less
         zero: 1 shares the optimizer state among the data-parallel replicas
         tracker: none, tensorboard (files in log_dir) or wandb (offline unless WANDB_MODE says otherwise); metrics.jsonl is written always
@@ -189,7 +189,7 @@ def main(
     model.recompute(activation_checkpointing)
     model.sequence_parallel(sequence_parallel)
     if compile:
-        model.compile_blocks()
+        model.compile_elementwise()
     n_bytes = sum(groups.gather_objects(sum(p.nbytes for p in model.parameters()) if groups.dp_rank() == 0 else 0))
     with groups.together(f"checking the space in {save_dir}"):
         store.check_free_space(save_dir, n_bytes)       # for the first save: better now than after an epoch

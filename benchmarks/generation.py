@@ -1,4 +1,4 @@
-"""Generation beside transformers' `generate`, and beside the floor; same weights, prompts and lengths, outputs compared first.
+"""Generation on a CPU beside transformers' `generate`, and beside the floor; same weights, prompts and lengths, outputs compared first. (On a GPU: gpu.py.)
 
     python benchmarks/generation.py --model DIR [--what decode,job,samples,parallel,start] [--dtype bf16] [--n_questions 256]
 
@@ -203,7 +203,7 @@ def main():
     parser.add_argument("--cache", default=None, help="of the peer: None (dynamic) or static")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    groups.initialize(device="auto")
+    groups.initialize(device="cpu")
     torch.set_num_threads(args.threads)
     asked = args.what.split(",")
     if asked == ["one_layout"]:
@@ -216,7 +216,7 @@ def main():
     if not {"decode", "job", "samples"} & set(asked):
         return
     model = load_model(args.model, dtype=groups.default_dtype(args.dtype))
-    peer = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=model.dtype).to(groups.device()).eval()
+    peer = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=model.dtype).eval()
     tokenizer = load_tokenizer(args.model)
     prompts = [encode_prompt(tokenizer, problem.prompt, use_chat_template=True) for problem in get_task("GSM8K").load(args.label_file)[:args.n_questions]]
     mine = ours(model, prompts[:8], max_new_tokens=16, batch=8, eos=tokenizer.eos_ids)

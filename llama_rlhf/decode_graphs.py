@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from llama_rlhf.config import ModelConfig
+from llama_rlhf.parallel import groups
 
 _FEWEST_POSITIONS = 256
 
@@ -42,10 +43,9 @@ class Recorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Callable[[], torch.Tensor]) -> tuple[Callable, torch.Tensor]:
-        aside = torch.cuda.Stream()         # libraries set themselves up on their first calls, which must not be recorded
+        aside = torch.cuda.Stream()         # libraries set themselves up on their first call with these shapes, which must not be recorded
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
-            step()
             step()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
@@ -54,9 +54,17 @@ class Recorder:
         return graph.replay, states
 
 
-def check_cuda_graphs(config: ModelConfig, device: torch.device) -> None:
-    """ValueError where decode steps cannot be recorded."""
-    if device.type != "cuda":
-        raise ValueError("--cuda_graphs is for CUDA. Leave it out.")
-    if config.n_experts:
-        raise ValueError("--cuda_graphs: a model with experts divides its tokens among them on the host, which cannot be recorded. Leave it out.")
+def records_steps(asked: str, config: ModelConfig) -> bool:
+    """Whether decode steps are recorded. asked: auto (on CUDA, where one rank holds the model: of several it has not been seen yet), always or never.
+
+    ValueError for another word, and for always where they cannot be.
+    """
+    if asked not in ("auto", "always", "never"):
+        raise ValueError(f"--cuda_graphs {asked!r}: use auto, always or never")
+    if asked == "auto":
+        return groups.device().type == "cuda" and not config.n_experts and groups.tp_size() == 1
+    if asked == "always" and groups.device().type != "cuda":
+        raise ValueError("--cuda_graphs always is for CUDA. Leave it out.")
+    if asked == "always" and config.n_experts:
+        raise ValueError("--cuda_graphs always: a model with experts divides its tokens among them on the host, which cannot be recorded. Leave it out.")
+    return asked == "always"

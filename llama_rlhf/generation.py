@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from llama_rlhf.decode_graphs import DecodeGraphs, check_cuda_graphs
+from llama_rlhf.decode_graphs import DecodeGraphs, records_steps
 from llama_rlhf.models.kv_cache import KVCache
 from llama_rlhf.models.transformer import CausalLM, Rows
 from llama_rlhf.parallel import groups
@@ -96,7 +96,7 @@ def generate(model: CausalLM, prompts: list[list[int]], *, on_step: Callable[[in
 def steps(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, ...], max_new_tokens: int = 256, min_new_tokens: int = 0,
           max_batch_size: int = 64, max_cache_gb: float = -1.0, max_seq_len: int | None = None, n_samples: int = 1, sampling: Sampling = Sampling(),
           with_logprobs: bool = False, stop: Callable[[list[int]], bool] | None = None, statistics: Statistics | None = None,
-          request_ids: list[int] | None = None, cuda_graphs: bool = False) -> Iterator[tuple[list[tuple[int, int, int, int]], list[Completion]]]:
+          request_ids: list[int] | None = None, cuda_graphs: str = "auto") -> Iterator[tuple[list[tuple[int, int, int, int]], list[Completion]]]:
     """`generate`, step by step: yields the new tokens of each, as (prompt, sample, place in the response, id), and the rows it completed.
 
     max_batch_size: rows at once.  max_cache_gb: 10^9 bytes of keys and values on a rank; -1: as much as there is. Fewer rows then run at once.
@@ -104,7 +104,7 @@ def steps(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, ...]
     stop: tells from a row's new tokens whether it must end there (stop strings).
     request_ids: the prompts' keys for the random numbers (default: their places in the list); replicas that share a list of
           prompts pass the places in the whole list, so that no two draw the same numbers.
-    cuda_graphs: record decode steps and replay them; ValueError without CUDA, or with experts.
+    cuda_graphs: whether decode steps are recorded and replayed, see decode_graphs.records_steps.
     The weights must not change before the last step, or until the iterator is closed.
     """
     max_seq_len = min(max_seq_len or model.config.max_seq_len, model.config.max_seq_len)
@@ -115,8 +115,7 @@ def steps(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, ...]
     if not prompts or max_new_tokens < 1:
         yield [], [Completion(i, s, [], False) for i in range(len(prompts)) for s in range(n_samples)]
         return
-    if cuda_graphs:
-        check_cuda_graphs(model.config, groups.device())
+    records = records_steps(cuda_graphs, model.config)
     groups.keep_freed_memory()
     stats = statistics or Statistics()
     began, longest = time.perf_counter(), min(max_seq_len, max(map(len, prompts)) + max_new_tokens)
@@ -124,7 +123,7 @@ def steps(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, ...]
     waiting = [(i, s) for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])) for s in range(n_samples)][::-1]
     n_slots = min(max_batch_size, len(waiting))
     make = lambda n: _Batch(model, prompts, range(len(prompts)) if request_ids is None else request_ids, n, longest, eos_ids=eos_ids, sampling=sampling,  # noqa: E731
-                            min_new_tokens=min_new_tokens, limits=(max_new_tokens, max_seq_len), with_logprobs=with_logprobs, stop=stop, statistics=stats, cuda_graphs=cuda_graphs)
+                            min_new_tokens=min_new_tokens, limits=(max_new_tokens, max_seq_len), with_logprobs=with_logprobs, stop=stop, statistics=stats, records=records)
     batch: _Batch | None = None
     try:
         with weights_held(model, n_slots):
@@ -161,7 +160,7 @@ def _slots_in(model: CausalLM, n_slots: int, longest: int, max_cache_gb: float) 
         raise ValueError(f"--max_cache_gb {max_cache_gb}: one row of {longest} tokens needs {per_slot / 1e9:.2g}. Raise it, or lower --max_new_tokens.")
     if groups.device().type == "cpu":
         allowed = min(allowed, 0.9 * groups.free_memory())
-    return max(1, min(n_slots, int(allowed // max(1, per_slot))))
+    return max(1, int(min(n_slots, allowed / max(1, per_slot))))
 
 
 def _largest(make: Callable[[int], _Batch], asked: int, n: int) -> _Batch:
@@ -219,7 +218,7 @@ class _Batch:
     """The rows that are generated at once. active[b] lives in slot b of the cache."""
 
     def __init__(self, model: CausalLM, prompts, keys, n_slots: int, longest: int, *, eos_ids, sampling: Sampling, min_new_tokens: int,
-                 limits: tuple[int, int], with_logprobs: bool, stop, statistics: Statistics, cuda_graphs: bool = False):
+                 limits: tuple[int, int], with_logprobs: bool, stop, statistics: Statistics, records: bool):
         self.model, self.prompts, self.keys, self.n_slots = model, prompts, keys, n_slots
         self.behind = _prefix(model, prompts)
         self.sampling, self.min_new_tokens, self.limits, self.with_logprobs, self.stop, self.statistics = \
@@ -227,13 +226,13 @@ class _Batch:
         device = groups.device()
         self.cache = model.new_cache(n_slots, longest)
         self.vocab, self.weight = model.partition.held["vocab"], held(model.head_weight, n_slots)
-        self.eos = torch.tensor(sorted(eos_ids), device=device)
+        self.eos = frozenset(eos_ids)
         self.lengths = torch.zeros(n_slots, dtype=torch.long, device=device)        # tokens cached in each slot
         self.current = torch.zeros(n_slots, dtype=torch.long, device=device)        # the token each row decodes next
         self.identity = torch.zeros(2, n_slots, dtype=torch.long, device=device)    # key and sample of each slot
         self.active: list[_Row] = []
         step = functools.partial(_step, model, self.cache, self.current, self.lengths)      # a method would keep all of this alive until garbage is collected
-        self.forward = DecodeGraphs(step, n_slots, longest) if cuda_graphs else step
+        self.forward = DecodeGraphs(step, n_slots, longest) if records else step
         if device.type == "cuda":       # now, when all ranks can still agree on less: what passes through a layer and the head
             config = model.config
             tokens = min(_PREFILL_TOKENS + longest, n_slots * longest)
@@ -301,14 +300,13 @@ class _Batch:
 
     def _pick(self, hidden, rows: list[_Row], here: slice):
         young = [len(row.tokens) < self.min_new_tokens for row in rows] if self.min_new_tokens else ()
-        banned = (torch.tensor(young, device=hidden.device), self.eos.tolist()) if any(young) else None
+        banned = (torch.tensor(young, device=hidden.device), sorted(self.eos)) if any(young) else None
         return choose(hidden, self.weight, self.vocab, self.sampling, (*self.identity[:, here], self.lengths[here]), banned=banned,
                       with_logprobs=self.with_logprobs)
 
     def _accept(self, first: int, token: torch.Tensor, logprob: torch.Tensor | None):
         """Append one token to each of the rows from slot `first` on; let the finished ones leave. Returns what `steps` yields."""
         self.current[first:first + len(token)] = token
-        ended = torch.isin(token, self.eos).tolist()
         ids, values = token.tolist(), None if logprob is None else logprob.tolist()
         new, completed, holes = [], [], []
         for b, row in enumerate(self.active[first:first + len(ids)]):
@@ -316,7 +314,7 @@ class _Batch:
             row.tokens.append(ids[b])
             if values is not None:
                 row.logprobs.append(values[b])
-            finished = ended[b] or self.stop is not None and self.stop(row.tokens)
+            finished = ids[b] in self.eos or self.stop is not None and self.stop(row.tokens)
             if finished or len(row.tokens) >= row.limit:
                 completed.append(Completion(row.prompt, row.sample, row.tokens, finished, row.logprobs if self.with_logprobs else None))
                 holes.append(first + b)

@@ -52,7 +52,7 @@ class RolloutSettings:
     bootstrap_truncated: bool = False   # a response without an end token: no score, the critic's value of its last state instead
     batch_size: int = 64                # responses generated together
     max_cache_gb: float = -1.0          # of their keys and values on a rank, 10^9 bytes; -1: what there is
-    cuda_graphs: bool = False           # see generation.steps
+    cuda_graphs: str = "auto"           # see generation.steps
     seed: int = 0
 
 

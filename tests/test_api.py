@@ -146,12 +146,14 @@ def test_recorded_decode_steps_give_the_same_tokens(model, monkeypatch):
             recordings.append(states := step())
             return (lambda: states.copy_(step())), states
 
-    with pytest.raises(ValueError, match="--cuda_graphs is for CUDA"):
-        generate(model, PROMPTS, cuda_graphs=True)
+    with pytest.raises(ValueError, match="--cuda_graphs always is for CUDA"):
+        generate(model, PROMPTS, cuda_graphs="always")
+    with pytest.raises(ValueError, match="use auto, always or never"):
+        generate(model, PROMPTS, cuda_graphs="yes")
     monkeypatch.setattr(decode_graphs, "Recorder", Recorder)
     monkeypatch.setattr(decode_graphs, "_FEWEST_POSITIONS", 32)
-    monkeypatch.setattr(generation, "check_cuda_graphs", lambda *_: None)
-    generated = generate(model, PROMPTS, cuda_graphs=True, **lone)
+    monkeypatch.setattr(generation, "records_steps", lambda *_: True)
+    generated = generate(model, PROMPTS, **lone)
     assert [[r.tokens for r in row] for row in generated] == [[r.tokens for r in row] for row in expected]
     shapes = [len(states) for states in recordings]
     assert set(shapes) >= {2, 4, 8, 13} and 16 not in shapes and len(shapes) < 15

@@ -47,30 +47,33 @@ def test_attention(window, dtype, tolerance):
 
 
 def steps(device, folder, lora):
-    """Losses and norms of three optimizer steps in fp32, and greedy tokens after them, with recorded decode steps too on a GPU."""
+    """Losses and norms of three optimizer steps in fp32, and samples after them, of 2 and 30 rows at once, with recorded decode steps too on a GPU."""
     from llama_rlhf.checkpoint.shards import load_model
     from llama_rlhf.generation import generate
     from llama_rlhf.parallel import groups
     from llama_rlhf.parallel.layers import Lora
+    from llama_rlhf.sampling import Sampling
     from llama_rlhf.trainer import Trainer, response_logprobs
     groups.initialize(device=device)
     model = load_model(folder, lora=Lora(*lora) if lora else None, dtype=torch.float32)
     trainer = Trainer(model, lr=1e-3, total_steps=3, schedule="constant")
     rows = [[1, *range(20, 20 + n)] for n in (9, 30, 17)]
     found = [trainer.step([rows], lambda batch: -response_logprobs(model, batch, [3] * len(batch)).sum(), lambda batch: sum(len(row) - 3 for row in batch)) for _ in range(3)]
-    options = dict(eos_ids=(2,), max_new_tokens=40, max_batch_size=2, n_samples=2)
-    tokens = [[[c.tokens for c in row] for row in generate(model, PROMPTS, cuda_graphs=graphs, **options)] for graphs in ((False, True) if device == "cuda" else (False,))]
+    options = dict(eos_ids=(2, 5, 9), max_new_tokens=60, n_samples=12, sampling=Sampling(temperature=1.0))
+    tokens = [[[c.tokens for c in row] for row in generate(model, PROMPTS, cuda_graphs=graphs, max_batch_size=rows, **options)]
+              for graphs in (("never", "always") if device == "cuda" else ("never",)) for rows in (2, 30)]
     groups.shutdown()
     return [(step.loss, step.grad_norm) for step in found], tokens
 
 
 @pytest.mark.parametrize("lora", [None, (4, 8.0)])
 def test_training_and_generation(toy, lora):
-    (wanted, (tokens,)), = run_ranks(1, steps, "cpu", str(toy / "hf"), lora)
-    (found, both), = run_ranks(1, steps, "cuda", str(toy / "hf"), lora, gpus=True)
+    (wanted, (tokens, again)), = run_ranks(1, steps, "cpu", str(toy / "hf"), lora)
+    (found, all_ways), = run_ranks(1, steps, "cuda", str(toy / "hf"), lora, gpus=True)
     for a, b in zip(found, wanted):
         assert a == pytest.approx(b, rel=1e-4)
-    assert both == [tokens, tokens], "plain, and recorded steps"
+    assert len({len(row) for rows in tokens for row in rows}) > 5, "rows end at different times"
+    assert again == tokens and all_ways == [tokens] * 4, "plain and recorded steps, 2 and 30 rows at once"
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -82,7 +85,7 @@ def test_the_scripts_run_on_gpus(toy, tmp_path, n):
     for flags in (dict(script="solver_train.py", ckpt_dir=toy / "hf", save_dir=tmp_path / "solver", max_steps=3),
                   dict(script="verifier_train.py", ckpt_dir=tmp_path / "solver", save_dir=tmp_path / "verifier", max_steps=3, lora_rank=4),
                   dict(script="ppo_train.py", actor_ckpt_dir=tmp_path / "solver", critic_ckpt_dir=tmp_path / "verifier", reward_model_ckpt_dir=tmp_path / "verifier",
-                       actor_save_dir=tmp_path / "ppo", lora_rank=4, max_buffer_size=8, minibatch_size=4, max_new_tokens=16, max_iterations=2, cuda_graphs=True),
+                       actor_save_dir=tmp_path / "ppo", lora_rank=4, max_buffer_size=8, minibatch_size=4, max_new_tokens=16, max_iterations=2),
                   dict(script="solver_evaluate.py", ckpt_dir=tmp_path / "ppo", log_dir=tmp_path / "log", label_file=toy / "train.json", max_new_tokens=16, limit=8)):
         script = flags.pop("script")
         given = {**common, **flags}
@@ -91,3 +94,18 @@ def test_the_scripts_run_on_gpus(toy, tmp_path, n):
         for code, _, err in run_script(n, script, wait=600, **given):
             assert code == 0, (script, err[-3000:])
     assert json.loads((tmp_path / "log/metrics.json").read_text())["n"] == 8
+
+
+@pytest.mark.parametrize("options", [dict(dtype="fp16", lr=1e-9), dict(dtype="bf16", compile=True),
+                                     dict(dtype="bf16", compile=True, activation_checkpointing="all", lora_rank=4)], ids=str)
+def test_losses_are_those_of_fp32(toy, tmp_path, options):
+    """At every step that neither skipped: fp16 begins with an overflow, after which its weights are a step behind, hence its lr."""
+    losses = []
+    for name, dtype in (("plain", dict(dtype="fp32", compile=False, activation_checkpointing="none")), ("other", {})):
+        (code, _, err), = run_script(1, "solver_train.py", wait=300, device="cuda", ckpt_dir=toy / "hf", save_dir=tmp_path / name, train_file=toy / "train.json",
+                                     log_dir=tmp_path / name / "log", max_batch_size=4, max_seq_len=96, max_steps=4, log_steps=1, **{"lr": 1e-3, **options, **dtype})
+        assert code == 0, err[-3000:]
+        with open(tmp_path / name / "log/metrics.jsonl") as file:
+            losses.append([record["loss"] for record in map(json.loads, file) if "grad_norm" in record])
+    wanted, found = zip(*((a, b) for a, b in zip(*losses) if b is not None))
+    assert len(found) >= 2 and found == pytest.approx(wanted, rel=2e-2)

@@ -131,25 +131,34 @@ def test_what_is_recomputed_gives_the_same_gradients(what, lora_rank, tmp_path):
                 assert (torch.tensor(value) - torch.tensor(b[0][native][0])).abs().max() < 1e-6, (native, n)
 
 
-@pytest.mark.parametrize("name,lora,recompute", [("llama", None, "none"), ("llama", (4, 8.0), "mlp"), ("bloom", None, "all")])
-def test_a_compiled_feed_forward_gives_the_same_gradients(name, lora, recompute, tmp_path, world_of_one):
-    """Traced and differentiated by torch.compile, run without its code generator (which wants a C++ compiler): two lengths, one program."""
+def gradients(folder, lora, recompute, compiled):
+    """Of two batches of different lengths, and how many programs torch.compile made."""
     from llama_rlhf.checkpoint.shards import load_model
+    from llama_rlhf.parallel import groups
     from llama_rlhf.parallel.layers import Lora
     from llama_rlhf.trainer import response_logprobs
+    groups.initialize(device="cpu")
+    model = load_model(folder, lora=lora and Lora(*lora), seed=3)
+    for name, p in model.named_parameters():
+        if "lora_b" in name:
+            p.data = torch.linspace(-0.1, 0.1, p.numel()).view(p.shape)
+    model.recompute(recompute)
+    if compiled:
+        model.compile_elementwise(backend="aot_eager")
+    for batch in ([0, 1], [2, 3], [0, 1, 2, 3]):
+        response_logprobs(model, [ROWS[i][0] for i in batch], [ROWS[i][1] for i in batch]).sum().backward()
+    return [p.grad.numpy() for p in model.parameters() if p.requires_grad], torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("name,lora,recompute", [("llama", None, "none"), ("llama", (4, 8.0), "all"), ("qwen3", (4, 8.0), "mlp"), ("mixtral", None, "none")])
+def test_compiled_elementwise_parts_give_the_same_gradients(name, lora, recompute, n, tmp_path):
+    """Traced and differentiated by torch.compile, run without its code generator (which wants a C++ compiler)."""
     make_hf(tmp_path, name)
-    found = []
-    for compiled in (False, True):
-        model = load_model(str(tmp_path), lora=lora and Lora(*lora), seed=3)
-        model.recompute(recompute)
-        if compiled:
-            torch._dynamo.reset()
-            model.compile_blocks(backend="aot_eager")
-        for batch in ([0, 1], [2, 3], [0, 1, 2, 3]):
-            response_logprobs(model, [ROWS[i][0] for i in batch], [ROWS[i][1] for i in batch]).sum().backward()
-        found.append([p.grad for p in model.parameters() if p.requires_grad])
-    assert all((a - b).abs().max() < 1e-5 for a, b in zip(*found))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    plain, compiled = (run_ranks(n, gradients, str(tmp_path), lora, recompute, on) for on in (False, True))
+    for (a, none), (b, programs) in zip(plain, compiled):
+        assert not none and 0 < programs <= 6
+        assert all(abs(x - y).max() <= 1e-5 * abs(x).max() for x, y in zip(a, b))
 
 
 def test_what_is_recomputed_is_not_kept(world_of_one):

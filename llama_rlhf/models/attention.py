@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from llama_rlhf.parallel import groups
 
 _varlen_attn: Any = None
+_groups_heads = False
 try:
     from torch.nn.attention.varlen import varlen_attn
-    if {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():       # older torch: no such module, or fewer arguments
-        _varlen_attn = varlen_attn
+    _arguments = inspect.signature(varlen_attn).parameters
+    if "window_size" in _arguments:         # older torch: no such module, or fewer arguments
+        _varlen_attn, _groups_heads = varlen_attn, "enable_gqa" in _arguments
 except ImportError:
     pass
 
@@ -125,8 +127,11 @@ def packed_attention(q, k, v, rows: Rows, kv_of_query: torch.Tensor | None, wind
     if not q.is_cuda and (q.dtype != torch.float32 or max(rows.lengths) <= _PRODUCTS_FP32):
         return _ProductAttention.apply(q, k, v, rows.grids, window, bias)
     if bias is None and _takes_any_lengths(q):
-        longest = max(rows.lengths)
-        return _varlen_attn(q, k, v, rows.ends, rows.ends, longest, longest, window_size=(-1 if window is None else window - 1, 0), enable_gqa=q.shape[1] != k.shape[1])
+        longest, grouped = max(rows.lengths), q.shape[1] != k.shape[1]
+        if grouped and not _groups_heads:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        return _varlen_attn(q, k, v, rows.ends, rows.ends, longest, longest, window_size=(-1 if window is None else window - 1, 0),
+                            **({"enable_gqa": grouped} if _groups_heads else {}))
     out = [_fused(q[grid.tokens], k[grid.tokens], v[grid.tokens], grid, window, bias) for grid in rows.grids]
     return out[0] if len(out) == 1 else torch.cat(out)
 

@@ -64,12 +64,12 @@ class KVCache:
         if longest > self.max_len:
             raise ValueError(f"a prompt of {longest} tokens does not fit the cache of {self.max_len} positions")
         self._make_room(max(longest, self.k[0].shape[2]))
-        self.decoding, self.slots, self._spans, start = False, slots, [], 0
-        for slot, n in zip(slots, rows.lengths):
-            self._spans.append((slot, start, n))
-            start += n
+        self.decoding, device = False, rows.positions.device
+        self.slots = torch.tensor(slots, device=device)
+        slot_of_token = self.slots.repeat_interleave(torch.tensor(rows.lengths, device=device), output_size=sum(rows.lengths))
+        self._places = self._place(slot_of_token, rows.positions)
         if rows.behind:     # where the prefix and the new tokens stand among those of whole rows
-            self._whole = Rows.packed([rows.behind + n for n in rows.lengths], rows.positions.device)
+            self._whole = Rows.packed([rows.behind + n for n in rows.lengths], device)
             new = self._whole.positions >= rows.behind
             self._new, self._old = new.nonzero()[:, 0], (~new).nonzero()[:, 0]
 
@@ -83,15 +83,13 @@ class KVCache:
 
     def prefill(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Rows, window: int | None, bias: torch.Tensor | None) -> torch.Tensor:
         """Store k, v ([T, Hkv, D]) of the rows given to begin_prefill, and attend inside each of them. q: [T, H, D] -> [T, H, D]."""
-        behind = rows.behind
-        for slot, start, n in self._spans:
-            for cache, x in ((self.k[layer], k), (self.v[layer], v)):
-                cache[slot, :, behind:behind + n] = x[start:start + n].transpose(0, 1)
-        if not behind:
+        for cache, x in ((self.k[layer], k), (self.v[layer], v)):
+            cache.view(-1, x.shape[2]).index_copy_(0, self._places, x.reshape(-1, x.shape[2]))
+        if not rows.behind:
             return packed_attention(q, k, v, rows, None, window, bias)
         old = self._prefix[layer]
         for cache, x in zip((self.k[layer], self.v[layer]), old):
-            cache[self.slots, :, :behind] = x.transpose(0, 1)
+            cache[self.slots, :, :rows.behind] = x.transpose(0, 1)
         # the prefix's own queries, which were answered before, are zeros here
         q, k, v = (x.new_zeros(len(self._whole.positions), *x.shape[1:]).index_copy_(0, self._new, x) for x in (q, k, v))
         for x, prefix in zip((k, v), old):
@@ -103,12 +101,15 @@ class KVCache:
         if longest >= self.max_len:
             raise ValueError(f"the cache of {self.max_len} positions is full")
         self._make_room(longest + 1)
-        n, (_, n_heads, room, _) = len(lengths), self.k[0].shape
-        self.decoding, self._batch, self._at = True, n, lengths
-        self._span = room if self._on_cpu else min(self.max_len, (longest + 32) // 32 * 32)
-        heads = torch.arange(n * n_heads, device=lengths.device).view(n, n_heads)
-        self._places = (heads * room + lengths[:, None]).flatten()          # of this step's keys among all positions
+        self.decoding, self._batch, self._at = True, len(lengths), lengths
+        self._span = self.k[0].shape[2] if self._on_cpu else min(self.max_len, (longest + 32) // 32 * 32)
+        self._places = self._place(torch.arange(len(lengths), device=lengths.device), lengths)
         self._masks: dict[int | None, torch.Tensor] = {}
+
+    def _place(self, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """slots, positions: [T] -> [T Hkv]: where the heads of these tokens' keys, and values, stand among those of all slots, heads and positions."""
+        _, n_heads, room, _ = self.k[0].shape
+        return ((slots[:, None] * n_heads + torch.arange(n_heads, device=slots.device)) * room + positions[:, None]).flatten()
 
     def _mask(self, window: int | None, slopes: torch.Tensor | None, n_kv_heads: int) -> torch.Tensor:
         """What this step's queries see, added to the scores, made once per step: [B, 1, 1, span]; with ALiBi [B, Hkv, H/Hkv, span]."""

@@ -150,6 +150,13 @@ def _turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
 
+def _turned_by_reals(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """`_turned`, as torch.compile makes one kernel of it: it does not take complex numbers. turn: [T, 1, head_dim/2, 2]"""
+    pairs, (cos, sin) = x.float().unflatten(-1, (-1, 2)), turn[..., None, :].unbind(-1)
+    sign = torch.arange(-1, 2, 2, device=x.device)
+    return (pairs * cos + pairs.flip(-1) * (sin * sign)).flatten(-2).to(x.dtype)
+
+
 class _Rotary(torch.autograd.Function):
     """`_turned`, whose backward turns back. On a CPU by blocks of rows whose fp32 copies fit its cache."""
 
@@ -221,6 +228,7 @@ class Attention(nn.Module):
         self.kv_of_query = None if uniform else mapping
         self._kv_of_query: torch.Tensor | None = None
         self.n_cache_heads = self.n_kv_heads if uniform else self.n_heads
+        self.compiled_turn: Callable | None = None
 
     def forward(self, x: torch.Tensor, rows: Rows, places: Places, cache: KVCache | None, layer: int, at: torch.Tensor | None = None) -> torch.Tensor:
         """x: [T, dim] -> [T, dim], or of the tokens `at` only. With a cache: `rows` either starts at position 0 (prefill) or is one token each (decode)."""
@@ -229,10 +237,10 @@ class Attention(nn.Module):
             q, k, v = qkv.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], 1)
         elif self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], 1)
-            q, k = apply_rotary(self.q_norm(q), places.turn), apply_rotary(self.k_norm(k), places.turn)
+            q, k = self._turn(self.q_norm(q), places.turn), self._turn(self.k_norm(k), places.turn)
         else:
             qk, v = qkv.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], 1)
-            q, k = apply_rotary(qk, places.turn).split([self.n_heads, self.n_kv_heads], 1)
+            q, k = self._turn(qk, places.turn).split([self.n_heads, self.n_kv_heads], 1)
         if places.query_scale is not None:
             q = q * places.query_scale
         if not self.n_heads:                # more ranks than heads: nothing to attend to, but backward must still come through here
@@ -248,6 +256,11 @@ class Attention(nn.Module):
             else:
                 out = cache.prefill(layer, q, k, v, rows, self.window, places.bias)
         return self.wo(_chosen(out.flatten(1), at), places.split)
+
+    def _turn(self, x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+        if self.compiled_turn is not None and torch.is_grad_enabled():
+            return self.compiled_turn(x, torch.view_as_real(turn))
+        return apply_rotary(x, turn)
 
     def _mapping(self, device: torch.device) -> torch.Tensor | None:
         if self.kv_of_query is not None and (self._kv_of_query is None or self._kv_of_query.device != device):
@@ -279,6 +292,12 @@ class _Gated(torch.autograd.Function):
         return dx
 
 
+def _gated(x: torch.Tensor) -> torch.Tensor:
+    """`_Gated`, as torch.compile makes one kernel of it, and one of its backward."""
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
 class SwiGLU(nn.Module):
     """w2(silu(w1 x) * w3 x) (Shazeer 2020, arXiv:2002.05202)."""
 
@@ -287,9 +306,11 @@ class SwiGLU(nn.Module):
         self.w13 = ColumnParallelLinear(config.dim, [("w1", "ffn", config.ffn_dim), ("w3", "ffn", config.ffn_dim)],
                                         partition, bias=config.linear_bias, lora=lora, dtype=dtype)
         self.w2 = RowParallelLinear("w2", "ffn", config.dim, partition, bias=config.linear_bias, lora=lora, dtype=dtype)
+        self.compiled_gate: Callable | None = None
 
     def forward(self, x: torch.Tensor, n_tokens: int | None = None) -> torch.Tensor:
-        return self.w2(_Gated.apply(self.w13(x, n_tokens)), n_tokens)
+        gated = self.compiled_gate if self.compiled_gate is not None and torch.is_grad_enabled() else _Gated.apply
+        return self.w2(gated(self.w13(x, n_tokens)), n_tokens)
 
 
 class GeluMLP(nn.Module):
@@ -315,15 +336,13 @@ class Block(nn.Module):
         self.feed_forward: nn.Module = MixtureOfExperts(config, partition, dtype) if config.n_experts else \
             {"swiglu": SwiGLU, "gelu": GeluMLP}[config.mlp](config, partition, lora, dtype)
         self.recompute_mlp = False
-        self.compiled_mlp: Callable | None = None
 
     def forward(self, x, rows, places, cache, layer, at=None):
         """at: the tokens that something is asked of behind this block: all see each other, but only these go on."""
         x = _chosen(x, at) + self.attention(self.attention_norm(x), rows, places, cache, layer, at)
         if not torch.is_grad_enabled():
             return x + self._mlp(x, places.split)
-        mlp = self.compiled_mlp or self._mlp
-        return x + (_recomputed(mlp, x, places.split) if self.recompute_mlp else mlp(x, places.split))
+        return x + (_recomputed(self._mlp, x, places.split) if self.recompute_mlp else self._mlp(x, places.split))
 
     def _mlp(self, x, n_tokens):
         return self.feed_forward(self.ffn_norm(x), n_tokens)
@@ -417,11 +436,14 @@ class Transformer(nn.Module):
     def recomputes(self) -> bool:
         return self.recompute_every > 0 or self.blocks[0].recompute_mlp
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """Training passes run every block's norm and feed-forward through torch.compile, one program for all lengths: its elementwise parts are
-        fused. Attention, whose rows differ from pass to pass, and generation stay as they are."""
+    def compile_elementwise(self, backend: str = "inductor") -> None:
+        """Training passes go through torch.compile where a GPU would launch several kernels for what one can do: rotary positions and gates. One program
+        serves all blocks and lengths. (Whole blocks: of our LoRA, torch 2.11 made wrong gradients without a word, and collectives cannot be traced.)"""
+        turn, gate = (torch.compile(function, dynamic=True, backend=backend) for function in (_turned_by_reals, _gated))
         for block in self.blocks:
-            block.compiled_mlp = torch.compile(block._mlp, dynamic=True, backend=backend)
+            block.attention.compiled_turn = turn
+            if isinstance(block.feed_forward, SwiGLU):
+                block.feed_forward.compiled_gate = gate
 
     def sequence_parallel(self, on: bool = True) -> None:
         """Outside attention and feed-forward each tensor-parallel rank holds its part of the tokens only: norms, residuals, and what backward
@@ -464,7 +486,7 @@ class Transformer(nn.Module):
         if cache is not None:
             if cache.stretch is None:
                 cache.stretch = torch.ones(cache.n_slots, device=device)
-            cache.stretch[torch.tensor(cache.slots, device=device)] = stretch
+            cache.stretch[cache.slots] = stretch
         return stretched_frequencies(frequencies, stretch.repeat_interleave(torch.tensor(rows.lengths, device=device)))
 
     def new_cache(self, n_slots: int, max_len: int) -> KVCache:
