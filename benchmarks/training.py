@@ -66,6 +66,10 @@ class Ours:
     def __init__(self, what, options):
         self.model = load_model(options.model, ValueModel if what == "reward" else CausalLM, lora=Lora(16, 32.0) if what == "lora" else None,
                                 dtype=groups.default_dtype(options.dtype))
+        if what == "reward":        # the checkpoint has no such head: training_peer.py takes the same one
+            with torch.no_grad():
+                self.model.value_head.weight.copy_(torch.linspace(-0.1, 0.1, self.model.config.dim)[None])
+                self.model.value_head.bias.zero_()
         self.trainer = Trainer(self.model, lr=1e-6, total_steps=10_000, schedule="constant")
         self.what, self.size = what, options.micro_batch
 

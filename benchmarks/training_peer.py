@@ -55,6 +55,8 @@ def load(options):
     if options.side == "reward":
         model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=1, **kind)
         model.config.pad_token_id = 0
+        with torch.no_grad():       # the checkpoint has no such head: training.py takes the same one
+            model.score.weight.copy_(torch.linspace(-0.1, 0.1, model.config.hidden_size)[None])
     else:
         model = AutoModelForCausalLM.from_pretrained(options.model, **kind)
     model.config.use_cache = False

@@ -273,14 +273,19 @@ def _chosen(x: torch.Tensor, at: torch.Tensor | None) -> torch.Tensor:
     return x if at is None else Take.apply(x, at)
 
 
+def _gated(x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of x = [gate, up]: [T, 2 f] -> [T, f]"""
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
 class _Gated(torch.autograd.Function):
-    """silu(gate) * up of x = [gate, up], [T, 2 f] -> [T, f]. Only x is kept for backward."""
+    """`_gated`, of which only x is kept for backward."""
 
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        gate, up = x.chunk(2, -1)
-        return F.silu(gate).mul_(up)
+        return _gated(x)
 
     @staticmethod
     def backward(ctx, grad):
@@ -290,12 +295,6 @@ class _Gated(torch.autograd.Function):
         torch.mul(grad, F.silu(gate), out=d_up)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=d_gate)
         return dx
-
-
-def _gated(x: torch.Tensor) -> torch.Tensor:
-    """`_Gated`, as torch.compile makes one kernel of it, and one of its backward."""
-    gate, up = x.chunk(2, -1)
-    return F.silu(gate) * up
 
 
 class SwiGLU(nn.Module):
@@ -309,7 +308,7 @@ class SwiGLU(nn.Module):
         self.compiled_gate: Callable | None = None
 
     def forward(self, x: torch.Tensor, n_tokens: int | None = None) -> torch.Tensor:
-        gated = self.compiled_gate if self.compiled_gate is not None and torch.is_grad_enabled() else _Gated.apply
+        gated = (self.compiled_gate or _Gated.apply) if torch.is_grad_enabled() else _gated
         return self.w2(gated(self.w13(x, n_tokens)), n_tokens)
 
 
