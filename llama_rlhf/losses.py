@@ -65,7 +65,8 @@ class _TokenLogprobs(torch.autograd.Function):
         g = torch.zeros_like(lse) if g is None else g
         kept, ctx.logits = ctx.logits, None     # overwritten below
         (n, _), vocab = hidden.shape, len(weight)
-        columns = [slice(0, vocab)] if kept is not None else _slices(vocab, max(64, _CHUNK_BYTES // (hidden.element_size() * max(1, n)) // 64 * 64))     # odd widths halve a GPU's rate
+        width = max(64, _CHUNK_BYTES // (hidden.element_size() * max(1, n)) // 64 * 64)      # odd widths halve a GPU's rate
+        columns = [slice(0, vocab)] if kept is not None else _slices(vocab, width)
         d_hidden = torch.zeros_like(hidden, dtype=hidden.dtype if len(columns) == 1 else torch.float32) if ctx.needs_input_grad[0] else None
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         held = None if kept is not None else hidden.new_empty(n * (columns[0].stop - columns[0].start))

@@ -29,17 +29,20 @@ from llama_rlhf.reward import _PACK_TOKENS, JointModel
 from llama_rlhf.rollout import _PASS_TOKENS
 
 
-# what a CPU process holds besides, measured on SmolLM2-135M (docs/TRAINING.md): workspaces of the libraries, and of what comes and goes the share
-# that malloc keeps between other blocks; where something is trained, and where nothing is
-_LIBRARIES, _KEPT_SHARE = {True: 100_000_000, False: 15_000_000}, {True: 0.14, False: 0.10}
+# what a CPU process holds besides, measured on SmolLM2-135M (docs/TRAINING.md): workspaces of the libraries and what malloc keeps between other blocks,
+# a part that does not grow and a share of what comes and goes
+_LIBRARIES = {"nothing trained": 15_000_000, "adapters": 75_000_000, "all weights": 130_000_000}
+_RECOMPUTING = 45_000_000
+_KEPT_SHARE = {"nothing trained": 0.10, "adapters": 0.14, "all weights": 0.14}
 
 
 class Plan:
     """total: bytes on the rank at once, passing: of them those that come and go. roles: role -> kind -> bytes; shared: the base that all roles have in common, counted once."""
 
-    def __init__(self, title: str, roles: dict[str, list[Counter]], *, share: bool = False, in_turn: bool = False):
-        """roles: role -> what it does, one after the other. share: all bases are one memory. in_turn: no two roles are there together."""
-        self.title = title
+    def __init__(self, title: str, roles: dict[str, list[Counter]], *, share: bool = False, in_turn: bool = False, adapts: bool = False, recomputes: bool = False):
+        """roles: role -> what it does, one after the other. share: all bases are one memory. in_turn: no two roles are there together.
+        adapts: only adapters are trained. recomputes: activations are."""
+        self.title, self.adapts, self.recomputes = title, adapts, recomputes
         self.shared = max(several[0]["weights"] - several[0]["adapters"] for several in roles.values()) if share else 0
         self.roles = {role: {kind: max(use[kind] for use in several) for kind in KINDS} for role, several in roles.items()}
         for role, several in roles.items():
@@ -71,7 +74,8 @@ class Plan:
             return 0
         trains = any(kinds["optimizer"] for kinds in self.roles.values())
         sums = groups.tp_size() * 2 * _SLOT_BYTES if groups.tp_size() > 1 and trains else 0     # decoding sums little at a time
-        return _LIBRARIES[trains] + int(_KEPT_SHARE[trains] * self.passing) + sums
+        what = "nothing trained" if not trains else "adapters" if self.adapts else "all weights"
+        return _LIBRARIES[what] + _RECOMPUTING * self.recomputes + int(_KEPT_SHARE[what] * self.passing) + sums
 
     def line(self, peak: int) -> str:
         """Of models smaller than 0.1 GB no ratio: beside them the workspaces of libraries are most of the peak."""
@@ -136,6 +140,10 @@ def _trained(f) -> dict:
     return dict(recompute=f.activation_checkpointing, sequence_parallel=f.sequence_parallel, precision=f.optimizer_precision, zero=f.zero)
 
 
+def _ways(f, options: dict) -> dict:
+    return dict(adapts=options["lora"] is not None, recomputes=f.activation_checkpointing != "none")
+
+
 def plan_training(flags: dict, *, config: ModelConfig | None = None, rows: list[tuple[int, int]] | None = None, prompts: Sequence[int] = (),
                   scored: Sequence[tuple[int, int]] = ()) -> Plan:
     """Of solver_train and verifier_train. rows: (length, prompt length) in the largest micro-batch; prompts: lengths in the evaluation;
@@ -152,7 +160,7 @@ def plan_training(flags: dict, *, config: ModelConfig | None = None, rows: list[
             longest = max(prompts, default=max(1, f.max_seq_len - f.max_new_tokens))
             slots = min(f.eval_batch_size, -(-len(prompts) // groups.dp_size()) or f.eval_batch_size)
             uses.append(generating(config, longest, min(longest + f.max_new_tokens, config.max_seq_len), slots, **options))
-        return Plan(f"{title}, {_shown(rows)}", {"verifier" if verifier else "solver": uses})
+        return Plan(f"{title}, {_shown(rows)}", {"verifier" if verifier else "solver": uses}, **_ways(f, options))
 
 
 def plan_evaluation(flags: dict, *, config: ModelConfig | None = None, prompts: Sequence[int] = ()) -> Plan:
@@ -188,4 +196,4 @@ def plan_ppo(flags: dict, *, models: dict[str, Transformer] | None = None, promp
                 roles[role] = [passes(config, rows, model_class=model_class, lora=lora, dtype=dtype, accumulates=True, **_trained(f)), looks]
             if role == "actor":
                 roles[role].append(generating(config, prompt, length, min(f.rollout_batch_size, -(-f.max_buffer_size // groups.dp_size())), lora=lora, dtype=dtype))
-        return Plan(f"{title}, prompts of {prompt} and responses of {f.max_new_tokens} tokens, {_shown(rows)}", roles, share=options["lora"] is not None)
+        return Plan(f"{title}, prompts of {prompt} and responses of {f.max_new_tokens} tokens, {_shown(rows)}", roles, share=options["lora"] is not None, **_ways(f, options))

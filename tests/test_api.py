@@ -159,6 +159,14 @@ def test_recorded_decode_steps_give_the_same_tokens(model, monkeypatch):
     assert set(shapes) >= {2, 4, 8, 13} and 16 not in shapes and len(shapes) < 15
 
 
+def test_on_a_gpu_all_rows_are_tried_when_no_bound_is_given(model):
+    """On a CPU free memory bounds them; there the allocation itself tells."""
+    from llama_rlhf.parallel import groups
+    with groups.pretend(1, device="cuda"):
+        assert generation._slots_in(model.model, 7, 100, -1.0) == 7
+        assert generation._slots_in(model.model, 7, 100, 2.5 * model.model.cache_bytes(1, 100) / 1e9) == 2
+
+
 def _short_of_memory(folder, limit):
     """A cache of more than `limit` slots cannot be had on rank 1."""
     make = KVCache.__init__
