@@ -24,6 +24,7 @@ from dataclasses import replace
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
+from training_peer import LINEARS, optimizer_step
 
 from llama_rlhf.checkpoint.formats import Checkpoint, TensorFile, TensorInfo
 from llama_rlhf.checkpoint.shards import NativeView, _fill, native_tensors
@@ -33,8 +34,6 @@ from llama_rlhf.models.transformer import CausalLM
 from llama_rlhf.parallel import groups
 from llama_rlhf.parallel.layers import Lora
 from llama_rlhf.trainer import Trainer, response_logprobs
-
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class InMemory(TensorFile):
@@ -117,8 +116,7 @@ def train(what, config, options, flops):
     lengths = [options.length] * n_rows if not options.mixed else \
         sorted(torch.randint(options.length // 8, options.length + 1, (n_rows,), generator=generator).tolist(), reverse=True)
     rows = [torch.randint(3, config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
-    cut = lambda n: [rows[i:i + n] for i in range(0, n_rows, n)]  # noqa: E731
-    own_parts, peer_parts = cut(options.micro_batch), cut(options.peer_micro_batch or options.micro_batch)
+    parts = [rows[i:i + options.micro_batch] for i in range(0, n_rows, options.micro_batch)]
     empty = allocated()
     model, peer = both(config, lora)
     weights = allocated() - empty
@@ -127,7 +125,7 @@ def train(what, config, options, flops):
     trainer = Trainer(model, lr=1e-5, total_steps=100, schedule="constant")
 
     def ours():
-        return trainer.step(own_parts, lambda part: -response_logprobs(model, part, [1] * len(part)).sum(), lambda part: sum(len(row) - 1 for row in part)).loss
+        return trainer.step(parts, lambda part: -response_logprobs(model, part, [1] * len(part)).sum(), lambda part: sum(len(row) - 1 for row in part)).loss
 
     peer.config.use_cache = False
     if lora:
@@ -136,23 +134,10 @@ def train(what, config, options, flops):
     peer.train()
     trained = [p for p in peer.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    n_tokens = sum(len(row) - 1 for row in rows)
+    records = [{"tokens": row, "prompt_len": 1} for row in rows]
 
     def theirs():
-        total = 0.0
-        for part in peer_parts:
-            longest = max(map(len, part))
-            fill = [longest - len(row) for row in part]
-            ids = torch.tensor([row + [0] * n for row, n in zip(part, fill)], device=groups.device())
-            labels = torch.tensor([row + [-100] * n for row, n in zip(part, fill)], device=groups.device())
-            mask = None if not any(fill) else torch.tensor([[1] * len(row) + [0] * n for row, n in zip(part, fill)], device=groups.device())
-            loss = peer(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=n_tokens).loss
-            loss.backward()
-            total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(total)
+        return optimizer_step(peer, trained, optimizer, records, options.peer_micro_batch or options.micro_batch, groups.device())
 
     sides, peaks, losses, first = {"ours": ours, "theirs": theirs}, {}, {}, {}
     for name, step in sides.items():

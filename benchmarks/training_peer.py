@@ -88,22 +88,28 @@ def loop(model, steps, options):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=options.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     for rows in steps:
-        began, loss_sum = start(), 0.0
-        n_tokens = sum(len(row["tokens"]) - row["prompt_len"] for row in rows)
-        for i in range(0, len(rows), options.micro_batch):
-            part = rows[i:i + options.micro_batch]
-            longest = max(len(row["tokens"]) for row in part)
-            fill = [longest - len(row["tokens"]) for row in part]
-            ids = torch.tensor([row["tokens"] + [0] * n for row, n in zip(part, fill)])
-            mask = torch.tensor([[1] * len(row["tokens"]) + [0] * n for row, n in zip(part, fill)])
-            labels = torch.tensor([[-100] * row["prompt_len"] + row["tokens"][row["prompt_len"]:] + [-100] * n for row, n in zip(part, fill)])
-            loss = model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=n_tokens).loss
-            loss.backward()
-            loss_sum += loss.item()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        report(began, loss_sum)
+        began = start()
+        report(began, optimizer_step(model, trained, optimizer, rows, options.micro_batch))
+
+
+def optimizer_step(model, trained, optimizer, rows, micro_batch, device="cpu"):
+    """The loss of rows padded to the longest of their micro-batch, without a mask where nothing is padded; gpu.py makes it too."""
+    import torch
+    loss_sum, n_tokens = 0.0, sum(len(row["tokens"]) - row["prompt_len"] for row in rows)
+    for i in range(0, len(rows), micro_batch):
+        part = rows[i:i + micro_batch]
+        longest = max(len(row["tokens"]) for row in part)
+        fill = [longest - len(row["tokens"]) for row in part]
+        ids = torch.tensor([row["tokens"] + [0] * n for row, n in zip(part, fill)], device=device)
+        mask = torch.tensor([[1] * len(row["tokens"]) + [0] * n for row, n in zip(part, fill)], device=device) if any(fill) else None
+        labels = torch.tensor([[-100] * row["prompt_len"] + row["tokens"][row["prompt_len"]:] + [-100] * n for row, n in zip(part, fill)], device=device)
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=n_tokens).loss
+        loss.backward()
+        loss_sum += loss.detach()
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(loss_sum)
 
 
 def trl(model, steps, options):

@@ -158,7 +158,7 @@ def test_compiled_elementwise_parts_give_the_same_gradients(name, lora, recomput
     plain, compiled = (run_ranks(n, gradients, str(tmp_path), lora, recompute, on) for on in (False, True))
     for (a, none), (b, programs) in zip(plain, compiled):
         assert not none and 0 < programs <= 6
-        assert all(abs(x - y).max() <= 1e-5 * abs(x).max() for x, y in zip(a, b))
+        assert all(abs(x - y).max() < max(1e-5, 2e-6 * abs(x).max()) for x, y in zip(a, b))
 
 
 def test_what_is_recomputed_is_not_kept(world_of_one):

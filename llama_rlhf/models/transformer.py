@@ -93,7 +93,7 @@ class RMSNorm(nn.Module):
         self.partial: tuple[str, ...] = ("weight",) if partial else ()    # used on this rank's heads only: its gradient is a part
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not x.is_cuda and (torch.is_grad_enabled() or x.numel() > _NORM_CELLS) and not torch.compiler.is_compiling():
+        if not x.is_cuda and (torch.is_grad_enabled() or x.numel() > _NORM_CELLS):
             return _RMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
@@ -142,7 +142,7 @@ def rotary_table(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Te
 
 def apply_rotary(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     """Turn the pairs (0,1), (2,3), ... of each head, in fp32. x: [T, H, D]; turn: see rotary_table."""
-    return _Rotary.apply(x, turn) if torch.is_grad_enabled() and not torch.compiler.is_compiling() else _turned(x, turn)
+    return _Rotary.apply(x, turn) if torch.is_grad_enabled() else _turned(x, turn)
 
 
 def _turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
