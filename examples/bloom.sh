@@ -9,7 +9,7 @@
 #
 # What fine-tuning all weights of the 1b1 needs on one rank, as printed by
 #   python solver_train.py --plan --model_type bloom-1b1 --plan_ranks 1 --dtype bf16 --max_seq_len 512 --activation_checkpointing all --device cpu
-# is 19.955 GB. Most of the activations and logits are the vocabulary's: 250880 words.
+# is 19.958 GB. Most of the activations and logits are the vocabulary's: 250880 words.
 export NPROC=${NPROC:-1} CHAT_FORMAT=${CHAT_FORMAT:-none} MAX_SEQ_LEN=${MAX_SEQ_LEN:-512}
 source "$(dirname "$0")/common.sh"
 needs REWARD_BASE "the small model that becomes verifier and critic"

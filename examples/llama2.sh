@@ -13,10 +13,10 @@
 # What the largest rank needs, as `EXTRA="--device cpu" PLAN=1 MODEL_SIZE=... bash examples/llama2.sh` prints it (activations as on a CPU):
 #
 #   MODEL_SIZE                            solver_train   verifier_train   ppo_train
-#   7B, all weights                          15.296 GB        15.001 GB   31.093 GB    8 GPUs of 40 GB
-#   13B, all weights                         29.445 GB        29.076 GB   59.795 GB    8 GPUs of 80 GB
-#   70B, LoRA of rank 16                     22.780 GB        22.714 GB   38.425 GB    8 GPUs of 80 GB, or of 48 GB
-#   70B, NNODES=4 LORA_RANK=-1               41.445 GB        41.297 GB   86.435 GB    32 GPUs of 141 GB, or of 80 GB with idle roles on the host
+#   7B, all weights                          15.291 GB        14.996 GB   31.088 GB    8 GPUs of 40 GB
+#   13B, all weights                         29.438 GB        29.070 GB   59.789 GB    8 GPUs of 80 GB
+#   70B, LoRA of rank 16                     22.776 GB        22.711 GB   38.429 GB    8 GPUs of 80 GB, or of 48 GB
+#   70B, NNODES=4 LORA_RANK=-1               41.443 GB        41.296 GB   86.433 GB    32 GPUs of 141 GB, or of 80 GB with idle roles on the host
 #
 # On a GPU, idle models of the PPO stage wait in host memory when they exceed half of the card (--keep_resident).
 #

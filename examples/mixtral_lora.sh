@@ -8,6 +8,6 @@
 # Prints at the end: as qwen_lora.sh. Variables: those of qwen_lora.sh.
 #
 # What the largest of 8 ranks needs, as `EXTRA="--device cpu" PLAN=1 bash examples/mixtral_lora.sh` prints it:
-# solver_train 12.684 GB, ppo_train (grpo) 13.166 GB
+# solver_train 12.683 GB, ppo_train (grpo) 13.168 GB
 export MODEL=${MODEL:-mixtral-8x7b-instruct-v0.1} BATCH_SIZE=${BATCH_SIZE:-4}
 exec bash "$(dirname "$0")/qwen_lora.sh"

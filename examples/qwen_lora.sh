@@ -11,10 +11,10 @@
 # What the largest rank needs, as `EXTRA="--device cpu" PLAN=1 MODEL_SIZE=... NPROC=... bash examples/qwen_lora.sh` prints it:
 #
 #   MODEL_SIZE, NPROC      solver_train   ppo_train (grpo)
-#   7B, 1                     17.277 GB          31.911 GB
-#   7B, 2                      9.071 GB          16.112 GB
-#   14B, 4                     9.686 GB          16.530 GB
-#   72B, 8                    23.721 GB          38.606 GB
+#   7B, 1                     17.257 GB          31.917 GB
+#   7B, 2                      9.062 GB          16.117 GB
+#   14B, 4                     9.686 GB          16.534 GB
+#   72B, 8                    23.718 GB          38.610 GB
 #
 # Variables besides those in common.sh: MODEL_SIZE (0.5B to 72B of Qwen2.5), MODEL (any other preset of that kind, such as qwen3-8b), POLICY_LOAD (a
 # model fine-tuned with LoRA: skips fine-tuning), CHAT_FORMAT (own: the tokenizer's template), TEST_PATH, LORA_RANK, BATCH_SIZE, MAX_SEQ_LEN,

@@ -9,7 +9,7 @@
 # What the verifier's training needs on each of 8 ranks, as printed by
 #   python verifier_train.py --plan --model_type tinyllama-1.1b --plan_ranks 8 --dtype bf16 --loss mse --max_seq_len 512 \
 #       --activation_checkpointing all --device cpu
-# is 2.450 GB. For PPO --plan takes all roles to be of one size: with this critic a run needs less than the 31.093 GB in llama2.sh.
+# is 2.450 GB. For PPO --plan takes all roles to be of one size: with this critic a run needs less than the 31.088 GB in llama2.sh.
 source "$(dirname "$0")/common.sh"
 needs REWARD_BASE "the small model that becomes verifier and critic"
 SAVE_PATH=${SAVE_PATH:-runs/tinyllama-critic} exec bash examples/llama2.sh

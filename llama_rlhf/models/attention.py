@@ -29,6 +29,7 @@ except ImportError:
 _PRODUCTS_FP32 = 1024
 _QUERIES = 128              # of a row that attend together in products: the keys after the last of them are left out
 _GRID_CELLS = 1 << 19       # scores per head that exist at a time
+_KEPT_MASKS = 512           # the longest rows whose masks are kept from block to block
 _KEPT_KEYS = 6              # times the head's width: the longest rows whose probabilities are kept for backward
 
 
@@ -36,13 +37,74 @@ _KEPT_KEYS = 6              # times the head's width: the longest rows whose pro
 class Grid:
     """Neighbouring rows of about one length, which attention computes together, padded on the right to the longest.
 
-    tokens: where they stand on the packed axis.  cells: [N] their places among rows x longest; None: they fill it.
+    lengths: of the rows.  tokens: where they stand on the packed axis.
     """
 
-    n_rows: int
-    longest: int
+    lengths: list[int]
     tokens: slice
-    cells: torch.Tensor | None
+    device: torch.device
+
+    def __post_init__(self):
+        self.n_rows, self.longest = len(self.lengths), max(self.lengths)
+        self._routes: dict[tuple, tuple[torch.Tensor, ...]] = {}
+        self._masks: dict[tuple, torch.Tensor] = {}
+
+    @functools.cached_property
+    def cells(self) -> torch.Tensor | None:
+        """[N] the tokens' places among rows x longest; None: they fill it."""
+        if min(self.lengths) == self.longest:
+            return None
+        return torch.cat([torch.arange(n) + i * self.longest for i, n in enumerate(self.lengths)]).to(self.device)
+
+    def routes(self, n_heads: int, width: int, ends: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+        """How the heads of the tokens come to stand as products take them, and back: stretch by stretch of the positions between `ends`, there
+        [rows, n_heads, positions]. Made once for all blocks.
+
+        width: heads between a token and the next where they come from.
+        Returns indices: where each place takes its head from (behind short rows from their last token); where each head of a token went,
+        token by token; the places behind short rows.
+        """
+        key = n_heads, width, ends
+        if key not in self._routes:
+            begins, device = list(itertools.accumulate(self.lengths, initial=0)), self.device
+            tokens = torch.stack([begin + torch.arange(self.longest, device=device).clamp(max=n - 1) for begin, n in zip(begins, self.lengths)])
+            source = tokens[:, None] * width + torch.arange(n_heads, device=device)[:, None]              # [rows, heads, positions]
+            there, place, first = [], torch.empty_like(source), 0
+            for start, stop in itertools.pairwise(ends):
+                part = source[..., start:stop]
+                place[..., start:stop] = torch.arange(first, first + part.numel(), device=device).view(part.shape)
+                there.append(part.flatten())
+                first += part.numel()
+            place = place.transpose(1, 2)
+            self._routes[key] = (torch.cat(there), torch.cat([row[:n].flatten() for row, n in zip(place, self.lengths)]),
+                                 torch.cat([row[n:].flatten() for row, n in zip(place, self.lengths)]))
+        return self._routes[key]
+
+    def spread(self, x: torch.Tensor, ends: tuple[int, ...], *, with_zeros: bool = False) -> torch.Tensor:
+        """All packed tokens [T, H, D] -> this grid's [places, D] (see `routes`). with_zeros: behind short rows, where else something finite stands."""
+        x, d = x[self.tokens], x.shape[-1]
+        if x.stride()[1:] != (d, 1) or x.stride(0) % d:
+            x = x.contiguous()
+        width = x.stride(0) // d            # more than H where x is a part of something wider
+        there, _, behind = self.routes(x.shape[1], width, ends)
+        spread = x.as_strided(((len(x) - 1) * width + x.shape[1], d), (d, 1)).index_select(0, there)
+        return spread.index_fill_(0, behind, 0) if with_zeros and len(behind) else spread
+
+    def collect(self, spread: torch.Tensor, ends: tuple[int, ...], out: torch.Tensor) -> None:
+        """The reverse of `spread`, into the grid's place in out: [T, H, D], without gaps."""
+        out = out[self.tokens]
+        torch.index_select(spread, 0, self.routes(out.shape[1], out.shape[1], ends)[1], out=out.view(-1, out.shape[-1]))
+
+    def mask(self, seen: slice, here: slice, window: int | None, repeated: int, dtype: torch.dtype) -> torch.Tensor:
+        """[1, repeated x queries `here`, keys `seen`]: 0 where a query sees a key, else -inf. Made once for all blocks where that is not much."""
+        key = seen.start, seen.stop, here.start, here.stop, window, repeated, dtype
+        if (mask := self._masks.get(key)) is None:
+            distance = torch.arange(here.start, here.stop, device=self.device)[:, None] - torch.arange(seen.start, seen.stop, device=self.device)
+            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(hidden, -math.inf).repeat(repeated, 1)[None]
+            if self.longest <= _KEPT_MASKS:
+                self._masks[key] = mask
+        return mask
 
 
 @dataclass
@@ -93,9 +155,7 @@ class Rows:
                     break
                 longest, last = max(longest, n), last + 1
             lengths = self.lengths[first:last]
-            cells = None if min(lengths) == longest else \
-                torch.cat([torch.arange(n) + i * longest for i, n in enumerate(lengths)]).to(device)
-            grids.append(Grid(len(lengths), longest, slice(start, start + sum(lengths)), cells))
+            grids.append(Grid(lengths, slice(start, start + sum(lengths)), device))
             first, start = last, start + sum(lengths)
         return grids
 
@@ -162,88 +222,96 @@ class _ProductAttention(torch.autograd.Function):
     """packed_attention by batched products over the grids, a stretch of queries at a time, whose later keys are not multiplied.
 
     Backward, with the probabilities P: dV = P^T dO, dS = P * (dP - sum(dP * P)) with dP = dO V^T, dQ = dS K, dK = dS^T Q. Those of short rows are kept
-    for it, with heads of 64 and more about a quarter of what a block keeps anyway, at most; of long ones they are computed again.
+    for it, with heads of 64 and more about a quarter of what a block keeps anyway, at most; of long ones they are computed again. Queries, keys and
+    values are kept as products take them.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, grids, window, bias):
-        kept, out = [], torch.empty_like(q)
+        kept, trains, out = [], any(ctx.needs_input_grad), q.new_empty(q.shape)
         for grid in grids:
-            queries, keys, values = _spread(grid, q, k, v)
+            shape = grid.n_rows * k.shape[1], grid.longest, k.shape[-1]
+            ends = _ends(grid.longest)
+            queries, keys, values = grid.spread(q, ends), grid.spread(k, (0, grid.longest)).view(shape), grid.spread(v, (0, grid.longest)).view(shape)
             found = torch.empty_like(queries)
-            for seen, here in _stretches(grid.longest, window):
-                p = _probabilities(_flat(queries, here), _flat(keys, seen), grid, seen, here, window, bias)
-                if _keeps(grid, q) and any(ctx.needs_input_grad):
+            kept += [queries, keys, values] if trains else []
+            for (start, stop), at, result in zip(itertools.pairwise(ends), _stretches(queries, ends, shape[0]), _stretches(found, ends, shape[0])):
+                here, seen = slice(start, stop), _seen(start, stop, window)
+                p = _probabilities(at, keys[:, seen], grid, seen, here, window, bias)
+                if trains and _keeps(grid, q):
                     kept.append(p)
-                found[..., here, :] = torch.bmm(p, _flat(values, seen)).view(found[..., here, :].shape)
-            _collect(found, grid, out)
-        ctx.save_for_backward(q, k, v, bias, *kept)
-        ctx.grids, ctx.window = grids, window
+                torch.bmm(p, values[:, seen], out=result)
+            grid.collect(found, ends, out)
+        ctx.save_for_backward(bias, *kept)
+        ctx.grids, ctx.window, ctx.shapes = grids, window, (q.shape, k.shape)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, bias, *kept = ctx.saved_tensors
-        d_q, d_k, d_v = (torch.empty_like(x) for x in (q, k, v))
-        scale, kept = q.shape[-1] ** -0.5, iter(kept)
+        (bias, *kept), (shape_q, shape_k), window = ctx.saved_tensors, ctx.shapes, ctx.window
+        d_q, d_k, d_v = (grad.new_empty(shape) for shape in (shape_q, shape_k, shape_k))
+        kept, scale = iter(kept), shape_q[-1] ** -0.5
         for grid in ctx.grids:
-            queries, keys, values, outs = _spread(grid, q, k, v, grad)
-            found, found_k, found_v = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-            for seen, here in _stretches(grid.longest, ctx.window):
-                at, at_k, at_v, out = _flat(queries, here), _flat(keys, seen), _flat(values, seen), _flat(outs, here)
-                p = next(kept) if _keeps(grid, q) else _probabilities(at, at_k, grid, seen, here, ctx.window, bias)
+            ends = _ends(grid.longest)
+            queries, keys, values = next(kept), next(kept), next(kept)
+            places = list(itertools.pairwise(ends))
+            probabilities = [next(kept) for _ in places] if _keeps(grid, queries) else [None] * len(places)
+            outs, found = grid.spread(grad, ends, with_zeros=True), torch.empty_like(queries)
+            parts = zip(places, probabilities, *(_stretches(x, ends, len(keys)) for x in (queries, outs, found)))
+            found_k: Any = None
+            found_v: Any = None
+            for (start, stop), p, at, out, result in reversed(list(parts)):     # the last queries see most keys, without a window all
+                here, seen = slice(start, stop), _seen(start, stop, window)
+                at_k, at_v = keys[:, seen], values[:, seen]
+                if p is None:
+                    p = _probabilities(at, at_k, grid, seen, here, window, bias)
                 d_scores = torch.ops.aten._softmax_backward_data(torch.bmm(out, at_v.transpose(1, 2)), p, -1, p.dtype)
-                found[..., here, :] = torch.baddbmm(at, d_scores, at_k, beta=0, alpha=scale).view(found[..., here, :].shape)
-                found_k[..., seen, :] += torch.baddbmm(at_k, d_scores.transpose(1, 2), at, beta=0, alpha=scale).view(found_k[..., seen, :].shape)
-                found_v[..., seen, :] += torch.bmm(p.transpose(1, 2), out).view(found_v[..., seen, :].shape)
-            for x, d_x in ((found, d_q), (found_k, d_k), (found_v, d_v)):
-                _collect(x, grid, d_x)
+                torch.baddbmm(result, d_scores, at_k, beta=0, alpha=scale, out=result)
+                found_k = _added(found_k, seen, torch.baddbmm(at_k, d_scores.transpose(1, 2), at, beta=0, alpha=scale), keys)
+                found_v = _added(found_v, seen, torch.bmm(p.transpose(1, 2), out), values)
+            grid.collect(found, ends, d_q)
+            grid.collect(found_k.view(-1, shape_k[-1]), (0, grid.longest), d_k)
+            grid.collect(found_v.view(-1, shape_k[-1]), (0, grid.longest), d_v)
         return d_q, d_k, d_v, None, None, None
+
+
+def _added(total: torch.Tensor | None, seen: slice, part: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The gradient of keys or values x [rows Hkv, n, D] so far, and what comes to those that were seen."""
+    if total is None:
+        if part.shape == x.shape:
+            return part
+        total = torch.zeros_like(x)
+    total[:, seen] += part
+    return total
 
 
 def _keeps(grid: Grid, q: torch.Tensor) -> bool:
     return grid.longest <= _KEPT_KEYS * q.shape[-1]
 
 
-def _spread(grid: Grid, q: torch.Tensor, k: torch.Tensor, *more: torch.Tensor) -> list[torch.Tensor]:
-    """The packed tokens of a grid [t, H, D], each -> [rows, Hkv, H/Hkv, n, D], zeros behind short rows."""
-    spread = []
-    for x in (q, k, *more):
-        x = x[grid.tokens]
-        if grid.cells is not None:
-            x = x.new_zeros(grid.n_rows * grid.longest, *x.shape[1:]).index_copy_(0, grid.cells, x)
-        x = x.view(grid.n_rows, grid.longest, k.shape[1], -1, x.shape[-1]).permute(0, 2, 3, 1, 4)
-        spread.append(x.contiguous() if x.shape[2] == 1 else x)     # keys and values are read by every stretch
-    return spread
-
-
-def _collect(x: torch.Tensor, grid: Grid, out: torch.Tensor) -> None:
-    """The reverse of _spread, into the grid's place in out."""
-    x, out = x.permute(0, 3, 1, 2, 4).reshape(-1, *out.shape[1:]), out[grid.tokens]
-    out.copy_(x if grid.cells is None else x[grid.cells])
-
-
-def _flat(x: torch.Tensor, part: slice) -> torch.Tensor:
-    """[rows, Hkv, G, n, D] -> a stretch of n as products take it: [rows Hkv, G m, D]."""
-    return x[..., part, :].flatten(2, 3).flatten(0, 1)
-
-
-def _stretches(n: int, window: int | None) -> list[tuple[slice, slice]]:
-    """(keys, queries) of a row of n tokens: stretches of about equal length, each with the keys that any of its queries sees."""
+def _ends(n: int) -> tuple[int, ...]:
+    """Where stretches of about equal length of a row of n tokens begin, and the last one ends; between them at multiples of 32, which a bf16 softmax
+    takes half as long for."""
     number = -(-n // _QUERIES)
-    ends = [i * n // number for i in range(number + 1)]
-    return [(slice(0 if window is None else max(0, start - window + 1), end), slice(start, end)) for start, end in itertools.pairwise(ends)]
+    unit = min(32, n // number)
+    return *(round(i * n / number / unit) * unit for i in range(number)), n
+
+
+def _seen(start: int, stop: int, window: int | None) -> slice:
+    """The keys that any of these queries sees."""
+    return slice(0 if window is None else max(0, start - window + 1), stop)
+
+
+def _stretches(spread: torch.Tensor, ends: tuple[int, ...], n: int) -> list[torch.Tensor]:
+    """The stretches of spread queries: [n, heads that share keys x positions, D] each, n = rows x kv heads."""
+    per_position = len(spread) // ends[-1]
+    return [part.view(n, -1, spread.shape[-1]) for part in spread.split([per_position * (stop - start) for start, stop in itertools.pairwise(ends)])]
 
 
 def _probabilities(q, k, grid: Grid, seen: slice, here: slice, window: int | None, bias: torch.Tensor | None) -> torch.Tensor:
     """[rows Hkv, G m, keys] from q [rows Hkv, G m, D] and k [rows Hkv, keys, D]: the stretch `here` of a row's queries on its keys `seen`."""
-    m, n_keys = here.stop - here.start, seen.stop - seen.start
-    scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
-    table = scores.view(grid.n_rows, -1, m, n_keys)                                                 # [rows, H, m, keys]
+    n = here.stop - here.start
+    scores = torch.baddbmm(grid.mask(seen, here, window, q.shape[1] // n, q.dtype), q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
     if bias is not None:
-        table += bias[:, here, seen].to(q.dtype)
-    else:
-        table[..., here.start - seen.start:] += torch.full((m, m), -math.inf, dtype=q.dtype, device=q.device).triu(1)
-    if window is not None and here.stop - seen.start > window:
-        table += torch.full((m, n_keys), -math.inf, dtype=q.dtype, device=q.device).tril(here.start - seen.start - window)
+        scores.view(grid.n_rows, -1, n, k.shape[1]).add_(bias[:, here, seen].to(q.dtype))                # [rows, H, m, keys]
     return scores.softmax(-1)
