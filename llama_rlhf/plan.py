@@ -33,6 +33,7 @@ from llama_rlhf.rollout import _PASS_TOKENS
 # a part that does not grow and a share of what comes and goes
 _LIBRARIES = {"nothing trained": 15_000_000, "adapters": 75_000_000, "all weights": 130_000_000}
 _RECOMPUTING = 45_000_000
+_TILES = 60_000_000         # where something is trained on a CPU with matrix tiles (Intel's AMX): the library prepares more for each shape
 _KEPT_SHARE = {"nothing trained": 0.10, "adapters": 0.14, "all weights": 0.14}
 
 
@@ -75,7 +76,8 @@ class Plan:
         trains = any(kinds["optimizer"] for kinds in self.roles.values())
         sums = groups.tp_size() * 2 * _SLOT_BYTES if groups.tp_size() > 1 and trains else 0     # decoding sums little at a time
         what = "nothing trained" if not trains else "adapters" if self.adapts else "all weights"
-        return _LIBRARIES[what] + _RECOMPUTING * self.recomputes + int(_KEPT_SHARE[what] * self.passing) + sums
+        tiles = trains and getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+        return _LIBRARIES[what] + _RECOMPUTING * self.recomputes + _TILES * tiles + int(_KEPT_SHARE[what] * self.passing) + sums
 
     def line(self, peak: int) -> str:
         """Of models smaller than 0.1 GB no ratio: beside them the workspaces of libraries are most of the peak."""
