@@ -99,9 +99,8 @@ class Grid:
         """[1, repeated x queries `here`, keys `seen`]: 0 where a query sees a key, else -inf. Made once for all blocks where that is not much."""
         key = seen.start, seen.stop, here.start, here.stop, window, repeated, dtype
         if (mask := self._masks.get(key)) is None:
-            distance = torch.arange(here.start, here.stop, device=self.device)[:, None] - torch.arange(seen.start, seen.stop, device=self.device)
-            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(hidden, -math.inf).repeat(repeated, 1)[None]
+            sees = _sees(here, seen, window, self.device)
+            mask = torch.zeros(sees.shape, dtype=dtype, device=self.device).masked_fill_(~sees, -math.inf).repeat(repeated, 1)[None]
             if self.longest <= _KEPT_MASKS:
                 self._masks[key] = mask
         return mask
@@ -196,6 +195,12 @@ def packed_attention(q, k, v, rows: Rows, kv_of_query: torch.Tensor | None, wind
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
+def _sees(here: slice, seen: slice, window: int | None, device: torch.device) -> torch.Tensor:
+    """[queries `here`, keys `seen`] bool: which query of a row sees which key."""
+    distance = torch.arange(here.start, here.stop, device=device)[:, None] - torch.arange(seen.start, seen.stop, device=device)
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
 def _takes_any_lengths(q: torch.Tensor) -> bool:
     """Whether torch's flash attention over packed rows computes it: half precision, Ampere or later."""
     return _varlen_attn is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 \
@@ -211,8 +216,7 @@ def _fused(q, k, v, grid: Grid, window: int | None, bias: torch.Tensor | None) -
     q, k, v = (x.unflatten(0, (n_rows, n)).transpose(1, 2) for x in (q, k, v))                      # [rows, H, n, D]
     mask = None if bias is None else bias[:, :n, :n].to(q.dtype)
     if window is not None and n > window:
-        distance = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)
-        mask = (distance >= 0) & (distance < window)
+        mask = _sees(slice(0, n), slice(0, n), window, q.device)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != n_kv_heads)
     out = out.transpose(1, 2).flatten(0, 1)
     return out if grid.cells is None else Take.apply(out, grid.cells)
@@ -235,8 +239,7 @@ class _ProductAttention(torch.autograd.Function):
             queries, keys, values = grid.spread(q, ends), grid.spread(k, (0, grid.longest)).view(shape), grid.spread(v, (0, grid.longest)).view(shape)
             found = torch.empty_like(queries)
             kept += [queries, keys, values] if trains else []
-            for (start, stop), at, result in zip(itertools.pairwise(ends), _stretches(queries, ends, shape[0]), _stretches(found, ends, shape[0])):
-                here, seen = slice(start, stop), _seen(start, stop, window)
+            for (seen, here), at, result in zip(_stretches(ends, window), *(_cut(x, ends, shape[0]) for x in (queries, found))):
                 p = _probabilities(at, keys[:, seen], grid, seen, here, window, bias)
                 if trains and _keeps(grid, q):
                     kept.append(p)
@@ -254,14 +257,13 @@ class _ProductAttention(torch.autograd.Function):
         for grid in ctx.grids:
             ends = _ends(grid.longest)
             queries, keys, values = next(kept), next(kept), next(kept)
-            places = list(itertools.pairwise(ends))
-            probabilities = [next(kept) for _ in places] if _keeps(grid, queries) else [None] * len(places)
+            stretches = _stretches(ends, window)
+            probabilities = [next(kept) if _keeps(grid, queries) else None for _ in stretches]
             outs, found = grid.spread(grad, ends, with_zeros=True), torch.empty_like(queries)
-            parts = zip(places, probabilities, *(_stretches(x, ends, len(keys)) for x in (queries, outs, found)))
+            parts = zip(stretches, probabilities, *(_cut(x, ends, len(keys)) for x in (queries, outs, found)))
             found_k: Any = None
             found_v: Any = None
-            for (start, stop), p, at, out, result in reversed(list(parts)):     # the last queries see most keys, without a window all
-                here, seen = slice(start, stop), _seen(start, stop, window)
+            for (seen, here), p, at, out, result in reversed(list(parts)):      # the last queries see most keys, without a window all
                 at_k, at_v = keys[:, seen], values[:, seen]
                 if p is None:
                     p = _probabilities(at, at_k, grid, seen, here, window, bias)
@@ -297,12 +299,12 @@ def _ends(n: int) -> tuple[int, ...]:
     return *(round(i * n / number / unit) * unit for i in range(number)), n
 
 
-def _seen(start: int, stop: int, window: int | None) -> slice:
-    """The keys that any of these queries sees."""
-    return slice(0 if window is None else max(0, start - window + 1), stop)
+def _stretches(ends: tuple[int, ...], window: int | None) -> list[tuple[slice, slice]]:
+    """(keys, queries) of each stretch: the keys that any of its queries sees."""
+    return [(slice(0 if window is None else max(0, start - window + 1), stop), slice(start, stop)) for start, stop in itertools.pairwise(ends)]
 
 
-def _stretches(spread: torch.Tensor, ends: tuple[int, ...], n: int) -> list[torch.Tensor]:
+def _cut(spread: torch.Tensor, ends: tuple[int, ...], n: int) -> list[torch.Tensor]:
     """The stretches of spread queries: [n, heads that share keys x positions, D] each, n = rows x kv heads."""
     per_position = len(spread) // ends[-1]
     return [part.view(n, -1, spread.shape[-1]) for part in spread.split([per_position * (stop - start) for start, stop in itertools.pairwise(ends)])]
