@@ -2,7 +2,8 @@
 
     python benchmarks/kernels.py [--threads 2]
 
-Four tables, microseconds (best of several): one step's linear layers of SmolLM2-135M by F.linear and by `layers.held` weights;
+Five tables, microseconds (best of several): one step's linear layers of SmolLM2-135M by F.linear and by `layers.held` weights;
+a linear layer of 2048 rows by torch's product and by oneDNN's, in fp32: forward, where we keep torch's, and the gradient of its input;
 decode attention by the fused kernel and by batched products on a cache without gaps; causal attention forward + backward by
 the fused kernel (a row at a time, in bf16 and in fp32) and as the model computes it; RMSNorm forward + backward by torch and as the model computes it.
 """
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from llama_rlhf.models.attention import Rows, packed_attention
 from llama_rlhf.models.transformer import _RMSNorm
 from llama_rlhf.parallel import groups
-from llama_rlhf.parallel.layers import held, product
+from llama_rlhf.parallel.layers import held, product, product_back
 
 DIM, FFN, HEADS, KV_HEADS, D, LAYERS, VOCAB = 576, 1536, 9, 3, 64, 30, 49152
 
@@ -44,6 +45,13 @@ def linears(dtype, batch):
     packed = [held(w, batch) for w in weights]
     usual = best(lambda: [F.linear(inputs[w.shape[1]], w) for w in weights])
     return usual, best(lambda: [product(inputs[shape[1]], w) for shape, w in zip(shapes, packed)])
+
+
+def training_products(rows, shape):
+    """Of a linear layer in fp32: forward by torch and by oneDNN, the gradient of its input by torch and as the model computes it."""
+    w, x, dy = torch.randn(shape), torch.randn(rows, shape[1]), torch.randn(rows, shape[0])
+    by_onednn = torch.ops.mkldnn._linear_pointwise
+    return best(lambda: F.linear(x, w)), best(lambda: by_onednn(x, w, None, "none", [], "")), best(lambda: dy @ w), best(lambda: product_back(dy, w))
 
 
 def decode_attention(dtype, batch, span):
@@ -82,6 +90,10 @@ def main():
             for batch in (1, 16, 64):
                 usual, ours = linears(dtype, batch)
                 print(f"{name} linear layers of a step, {batch:2d} rows: F.linear {usual:7.0f}, held {ours:7.0f}: {usual / ours:.2f} times as fast", flush=True)
+        for shape in (((HEADS + 2 * KV_HEADS) * D, DIM), (DIM, DIM), (2 * FFN, DIM), (DIM, FFN)):
+            usual, onednn, back, ours = training_products(2048, shape)
+            print(f"fp32 linear layer {shape[1]:4d} -> {shape[0]:4d}, 2048 rows: forward F.linear {usual:6.0f}, oneDNN {onednn:6.0f}: {usual / onednn:.2f}; "
+                  f"gradient of the input torch {back:6.0f}, ours {ours:6.0f}: {back / ours:.2f}", flush=True)
         for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
             for batch, span in ((1, 128), (1, 512), (1, 1024), (4, 128), (4, 512), (16, 128), (64, 128), (64, 320)):
                 fused, ours = decode_attention(dtype, batch, span)

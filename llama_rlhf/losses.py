@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from llama_rlhf.parallel.layers import product_back
 from llama_rlhf.parallel.regions import all_reduce_
 
 _KEPT_BYTES = 256 << 20     # logits, all of a micro-batch's, that are kept for backward
@@ -67,7 +68,7 @@ class _TokenLogprobs(torch.autograd.Function):
         (n, _), vocab = hidden.shape, len(weight)
         width = max(64, _CHUNK_BYTES // (hidden.element_size() * max(1, n)) // 64 * 64)      # odd widths halve a GPU's rate
         columns = [slice(0, vocab)] if kept is not None else _slices(vocab, width)
-        d_hidden = torch.zeros_like(hidden, dtype=hidden.dtype if len(columns) == 1 else torch.float32) if ctx.needs_input_grad[0] else None
+        d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] and len(columns) > 1 else None
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         held = None if kept is not None else hidden.new_empty(n * (columns[0].stop - columns[0].start))
         for v in columns:
@@ -83,10 +84,10 @@ class _TokenLogprobs(torch.autograd.Function):
                 here = mine[b] & (local[b] >= v.start) & (local[b] < v.stop)
                 dz.scatter_add_(1, (local[b] - v.start).clamp(0, logits.shape[1] - 1)[:, None], (g[b] * here)[:, None])
                 logits[b] = dz if ctx.temperature == 1 else dz.div_(ctx.temperature)
-            if d_hidden is not None and len(columns) == 1:
-                torch.mm(logits, weight, out=d_hidden)
-            elif d_hidden is not None:
-                d_hidden += logits @ weight[v]
+            if d_hidden is not None:
+                d_hidden += product_back(logits, weight[v])
+            elif ctx.needs_input_grad[0]:
+                d_hidden = product_back(logits, weight)
             if d_weight is not None:
                 torch.mm(logits.t(), hidden, out=d_weight[v])
         if d_hidden is not None:

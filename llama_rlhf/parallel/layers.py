@@ -72,6 +72,34 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "") if weight.is_mkldnn else F.linear(x, weight, bias)
 
 
+def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return _ONEDNN and x.dtype == torch.float32 and not x.is_cuda and x.numel() > 0 and weight.numel() > 0
+
+
+def product_back(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """dy W, the gradient of x in x W^T. dy: [T, out], contiguous.
+
+    In fp32 on a CPU by oneDNN, where torch's usual product (MKL) can take a third longer (benchmarks/kernels.py). It rounds more, so not
+    forward: logits stood a third farther from float64's.
+    """
+    return torch.ops.mkldnn._linear_pointwise(dy, weight.t(), None, "none", [], "") if _by_onednn(dy, weight) else dy @ weight
+
+
+class _Linear(torch.autograd.Function):
+    """F.linear with `product_back`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dy, needs = dy.contiguous(), ctx.needs_input_grad
+        return product_back(dy, weight) if needs[0] else None, dy.t() @ x if needs[1] else None, dy.sum(0) if needs[2] else None
+
+
 class _AdaptedLinear(torch.autograd.Function):
     """y = x W^T + bias + x A^T B^T for a frozen W: the adapter is added inside the products (no [T, out] temporaries), and its
     two factors are applied in the dtype of x. Several projections side by side: A stacked [n r, in], B block-diagonal [out, n r].
@@ -89,7 +117,7 @@ class _AdaptedLinear(torch.autograd.Function):
         x, weight, a, b, u = ctx.saved_tensors
         dy = dy.contiguous()
         du = dy @ b
-        dx = (dy @ weight).addmm_(du, a) if ctx.needs_input_grad[0] else None
+        dx = product_back(dy, weight).addmm_(du, a) if ctx.needs_input_grad[0] else None
         return dx, None, None, du.t() @ x, (u.t() @ dy).t()
 
 
@@ -114,8 +142,8 @@ class _SplitLinear(torch.autograd.Function):
         du = None if a is None else dy @ b
         dx = None
         if needs[0]:
-            dx = dy @ weight
-            dx = reduce_scatter_tokens(dx if a is None else dx.addmm_(du, a))
+            dx = product_back(dy, weight)
+            dx = reduce_scatter_tokens(dx if du is None else dx.addmm_(du, a))
         d_weight = d_a = d_b = None
         if needs[2] or du is not None:
             whole = all_gather_tokens(x, ctx.n)
@@ -151,7 +179,7 @@ def _multiply(module: ParallelLinear, x: torch.Tensor, bias: torch.Tensor | None
         return product(x, module.held, bias)
     if module.lora_a is not None:
         return _AdaptedLinear.apply(x, module.weight, bias, *_factors(module, x.dtype))
-    return F.linear(x, module.weight, bias)
+    return _Linear.apply(x, module.weight, bias) if _by_onednn(x, module.weight) else F.linear(x, module.weight, bias)
 
 
 def _is_packed(weight: torch.Tensor) -> bool:
