@@ -71,9 +71,11 @@ class Ours:
         rollout, _ = collect(self.roles, self.prompts, self.tokenizer, Reward(self.roles.reward), self.drawing, iteration=self.done, clock=clock)
         k1 = kl_estimate(rollout.logprobs, rollout.ref_logprobs, "k1")
         made = make_advantages("ppo", rollout.scores, k1, rollout.mask, settings=Settings(beta=0.05), values=rollout.values)
-        with clock("update"):
-            update_critic(self.trainers[1], rollout, made, self.updating, self.done)
-            update_actor(self.trainers[0], rollout, made, ALGORITHMS["ppo"], self.updating, self.done)
+        actor_trainer, critic_trainer = self.trainers
+        with clock("update"), self.roles.using(self.roles.critic, trainer=critic_trainer):
+            update_critic(critic_trainer, rollout, made, self.updating, self.done)
+        with clock("update"), self.roles.using(self.roles.actor, trainer=actor_trainer):
+            update_actor(actor_trainer, rollout, made, ALGORITHMS["ppo"], self.updating, self.done)
         self.done += 1
         return {"seconds": sum(clock.seconds.values()), "generate": clock.seconds["generate"],
                 "score": clock.seconds["score"] + clock.seconds["forward"], "update": clock.seconds["update"],

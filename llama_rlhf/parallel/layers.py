@@ -79,8 +79,7 @@ def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
 def product_back(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """dy W, the gradient of x in x W^T. dy: [T, out], contiguous.
 
-    In fp32 on a CPU by oneDNN, where torch's usual product (MKL) can take a third longer (benchmarks/kernels.py). It rounds more, so not
-    forward: logits stood a third farther from float64's.
+    In fp32 on a CPU by oneDNN: torch's usual product (MKL) is slower (benchmarks/kernels.py), but rounds less, so it is kept forward.
     """
     return torch.ops.mkldnn._linear_pointwise(dy, weight.t(), None, "none", [], "") if _by_onednn(dy, weight) else dy @ weight
 
