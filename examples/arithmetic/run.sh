@@ -51,7 +51,8 @@ say "5. PPO, the rule as the reward"
 ppo ppo-rule --algorithm ppo --kl_coef 0.01
 
 say "6. PPO, the verifier as the reward"
-ppo ppo-verifier --algorithm ppo --kl_coef 0.01 --reward_model_ckpt_dir "$RUN/verifier"
+# a verifier can be fooled: with 0.01, as above, the policy of seed 3 went where it is wrong, and lost what it had learned
+ppo ppo-verifier --algorithm ppo --kl_coef 0.1 --reward_model_ckpt_dir "$RUN/verifier"
 
 say "7. GRPO and RLOO, the rule as the reward"
 ppo grpo --algorithm grpo --kl_coef 0.01
