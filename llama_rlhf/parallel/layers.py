@@ -73,7 +73,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 
 
 def _by_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return _ONEDNN and x.dtype == torch.float32 and not x.is_cuda and x.numel() > 0 and weight.numel() > 0
+    return x.dtype == torch.float32 and x.numel() > 0 and _is_packed(weight)
 
 
 def product_back(dy: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
