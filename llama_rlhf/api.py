@@ -69,7 +69,8 @@ def generate(model: LanguageModel, prompts, **options):
 
     prompts: text, a conversation [{"role": "user", "content": ...}, ...], or token ids; or a list of such.
     options:
-      max_new_tokens=256, min_new_tokens=0, max_seq_len: lengths; max_batch_size=64: rows at once; max_cache_gb, cuda_graphs="auto": see generation.steps
+      max_new_tokens=256, min_new_tokens=0 (no end token before; a stop string ends a response all the same), max_seq_len: lengths
+      max_batch_size=64: rows at once; max_cache_gb, cuda_graphs="auto": see generation.steps
       temperature=0.0 (greedy), top_k=0, top_p=1.0, min_p=0.0, seed=0: see sampling.Sampling
       stop=(): strings that end a response; they are not part of its text
       n_samples=1: responses to each prompt

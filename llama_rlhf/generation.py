@@ -107,6 +107,9 @@ def steps(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, ...]
     cuda_graphs: whether decode steps are recorded and replayed, see decode_graphs.records_steps.
     The weights must not change before the last step, or until the iterator is closed.
     """
+    for name, value in (("max_batch_size", max_batch_size), ("n_samples", n_samples), ("max_seq_len", max_seq_len if max_seq_len is not None else 1)):
+        if value < 1:
+            raise ValueError(f"{name} {value} must be at least 1")
     max_seq_len = min(max_seq_len or model.config.max_seq_len, model.config.max_seq_len)
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) < max_seq_len:
@@ -155,6 +158,8 @@ def steps(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, ...]
 def _slots_in(model: CausalLM, n_slots: int, longest: int, max_cache_gb: float) -> int:
     """Of n_slots, those whose keys and values fit max_cache_gb and, on a CPU, where nothing refuses memory in time, what is free."""
     per_slot = model.cache_bytes(1, longest)
+    if groups.tp_size() > 1:        # one may hold more heads
+        per_slot = int(_max(per_slot))
     allowed = max_cache_gb * 1e9 if max_cache_gb > 0 else math.inf
     if allowed < per_slot:
         raise ValueError(f"--max_cache_gb {max_cache_gb}: one row of {longest} tokens needs {per_slot / 1e9:.2g}. Raise it, or lower --max_new_tokens.")
@@ -308,6 +313,10 @@ class _Batch:
         """Append one token to each of the rows from slot `first` on; let the finished ones leave. Returns what `steps` yields."""
         self.current[first:first + len(token)] = token
         ids, values = token.tolist(), None if logprob is None else logprob.tolist()
+        if min(ids) < 0:
+            row = self.active[first + ids.index(min(ids))]
+            raise FloatingPointError(f"the model's logits are not finite numbers (prompt {row.prompt + 1}, response token {len(row.tokens) + 1}): its weights are "
+                                     "damaged or have diverged, or are too large for fp16. Try --dtype bf16 or fp32, or an earlier save.")
         new, completed, holes = [], [], []
         for b, row in enumerate(self.active[first:first + len(ids)]):
             new.append((row.prompt, row.sample, len(row.tokens), ids[b]))

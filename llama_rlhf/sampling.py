@@ -27,6 +27,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
+        if not -1 << 63 <= self.seed < 1 << 63:
+            raise ValueError(f"--seed {self.seed} must be a number of 64 bits")
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             raise ValueError(f"sampling: temperature {self.temperature} and top_k {self.top_k} must be at least 0, "
                              f"top_p {self.top_p} in (0, 1], min_p {self.min_p} in [0, 1]")
@@ -56,7 +58,7 @@ def choose(hidden: torch.Tensor, weight: torch.Tensor, vocab_ranges, sampling: S
 
     hidden: [B, dim]; weight: [this rank's vocabulary rows, dim], as it is or `held`; vocab_ranges: (start, stop) of every rank.
     keys: (request [B], sample [B], position [B]) int64.  banned: ([B] bool, ids): rows that must not choose these ids (minimum length).
-    Returns tokens [B] int64, and their log-probabilities [B] fp32 (at the sampling temperature; at 1 when greedy) or None.
+    Returns tokens [B] int64 (-1 on every rank where the logits are not finite), and their log-probabilities [B] fp32 (at the sampling temperature; at 1 when greedy) or None.
     """
     logits = product(hidden, weight)
     start, stop = vocab_ranges[groups.tp_rank()]
@@ -69,15 +71,17 @@ def choose(hidden: torch.Tensor, weight: torch.Tensor, vocab_ranges, sampling: S
         best, token = logits.max(-1)
         if groups.tp_size() > 1:
             pairs = all_gather(torch.stack([best.double(), (token + start).double()]))      # [tp, 2, B]; ids are exact in float64
-            rank = pairs[:, 0].argmax(0)                                                    # first rank wins ties: the smallest id
-            token = pairs[:, 1].gather(0, rank[None])[0].long()
+            rank = pairs[:, 0].argmax(0)                            # first rank wins ties: the smallest id; what is not a number wins over all
+            best, token = pairs.gather(0, rank.expand(1, 2, -1))[0]
+            token = token.long()
+        token = token.where(best.isfinite(), -1)
         if not with_logprobs:
             return token, None
         top, z = best.float(), logits.float()
     else:
         z = logits.float().div_(sampling.temperature)
         top = z.amax(-1)
-    top = all_reduce_(top.clone(), "max")
+        top = all_reduce_(top.where(~top.isnan(), torch.inf), "max")        # not every reduction lets what is not a number win
     unfiltered = z - top[:, None]
     if sampling.temperature and (sampling.top_k or sampling.top_p < 1 or sampling.min_p):
         z = _filter(unfiltered, vocab_ranges, sampling)
@@ -85,7 +89,7 @@ def choose(hidden: torch.Tensor, weight: torch.Tensor, vocab_ranges, sampling: S
         z = unfiltered
     p = z.exp()
     if sampling.temperature:
-        token = _invert(p, keyed_uniform(sampling.seed, *keys), start)
+        token = _invert(p, keyed_uniform(sampling.seed, *keys), start).where(top.isfinite(), -1)
     if not with_logprobs:
         return token, None
     local = token - start
@@ -101,7 +105,7 @@ def _invert(p: torch.Tensor, u: torch.Tensor, start: int) -> torch.Tensor:
     sums = all_gather(cumulative[:, -1].contiguous())                               # [tp, B]
     before = sums.cumsum(0) - sums
     target = u * sums.sum(0)
-    rank = (target >= before).sum(0) - 1                                            # the rank whose part holds the target
+    rank = ((target >= before).sum(0) - 1).clamp(min=0)                             # the rank whose part holds the target
     # a rank whose part is empty (all filtered away) repeats its predecessor's boundary: step back to one that holds mass
     for r in range(len(sums) - 1, 0, -1):
         rank = torch.where((rank == r) & (sums[r] == 0), rank - 1, rank)

@@ -13,6 +13,7 @@ from toys import add_bytes_tokenizer, make_hf
 
 from llama_rlhf import generate, generation, load, stream
 from llama_rlhf.api import _settled
+from llama_rlhf.models import attention
 from llama_rlhf.models.kv_cache import KVCache
 from llama_rlhf.parallel import groups
 
@@ -222,16 +223,75 @@ def test_what_all_prompts_begin_with_is_computed_once(name, world_of_one, tmp_pa
     common = [5, 9, 11, 7, 3, 8, 20, 21, 30]
     prompts = [common + [40 + i] * (1 + i % 4) for i in range(7)] + [common + [41]]
     found = []
-    for saves in (1 << 40, 1):
+    for saves, queries in ((1 << 40, 128), (1, 128), (1, 2)):       # in one piece, and a few queries and rows at a time
         monkeypatch.setattr(generation, "_PREFIX_SAVES", saves)
+        monkeypatch.setattr(attention, "_QUERIES", queries)
+        monkeypatch.setattr(attention, "_BEHIND_TOKENS", 15 * queries)
         facts = generation.Statistics()
         rows = generation.generate(model, prompts, eos_ids=(2,), max_new_tokens=9, n_samples=2, max_batch_size=5, with_logprobs=True, sampling=generation.Sampling(1.0, seed=3), statistics=facts)
         found.append((facts.prompt_tokens, [c for row in rows for c in row]))
-    (all_tokens, plain), (fewer, shared) = found
+    (all_tokens, plain), (fewer, shared), (again, in_pieces) = found
+    assert again == fewer
     if model.config.ntk_beyond:
         assert all_tokens == fewer
     else:       # two samples of a prompt that start apart prefill it twice
         assert all_tokens - fewer >= 7 * len(common) and (all_tokens - fewer) % len(common) == 0
-    for a, b in zip(plain, shared):
+    for a, b in [*zip(plain, shared), *zip(plain, in_pieces)]:
         assert a.tokens == b.tokens and a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
     assert generation._prefix(model, [common, common]) == (0 if model.config.ntk_beyond else len(common) - 1)
+
+
+def test_a_long_common_beginning_is_not_multiplied_by_the_rows(world_of_one, tmp_path, monkeypatch):
+    """Of 64 rows of 520 tokens, 500 in common, no layer attends with more keys or queries together than one pack of prompts has."""
+    from llama_rlhf.checkpoint.shards import load_model
+    make_hf(tmp_path, "llama-9-3", max_position_embeddings=600)
+    model = load_model(str(tmp_path))
+    common, seen = [3 + n % 50 for n in range(500)], []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q, k, v, **options):
+        seen.append((q.shape[0] * k.shape[2], q.shape[0] * q.shape[2]))
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    generation.generate(model, [common + [20 + n] * 20 for n in range(64)], eos_ids=(), max_new_tokens=1, max_batch_size=64)
+    keys, queries = map(max, zip(*seen))
+    assert len(seen) == 5 * model.config.n_layers and keys <= attention._BEHIND_TOKENS and queries <= 15 * 20 * 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_end_in_a_sentence(value, folder, world_of_one):
+    broken = load(str(folder), dtype="fp32")
+    with torch.no_grad():
+        broken.model.norm.weight[0] = value
+    for options in ({}, {"with_logprobs": True}, {"temperature": 1.0}, {"temperature": 1.0, "with_logprobs": True}, {"temperature": 1.0, "top_p": 0.9},
+                    {"temperature": 1.0, "top_k": 3}, {"temperature": 1.0, "min_p": 0.1}):
+        with pytest.raises(FloatingPointError, match=r"logits are not finite numbers \(prompt [123], response token 1\).*--dtype bf16 or fp32"):
+            generate(broken, PROMPTS, max_new_tokens=4, **options)
+
+
+def _choose_where_one_rank_has_no_number(temperature, with_logprobs, value):
+    from llama_rlhf.sampling import Sampling, choose
+    groups.initialize(device="cpu")
+    hidden, weight = torch.ones(3, 2), torch.eye(2)[[0, 1, 0, 1, 0]] + groups.tp_rank()
+    hidden[1] = torch.tensor([value if groups.tp_rank() == 1 else 1.0, 1.0])
+    keys = (torch.arange(3),) * 3
+    token, logprobs = choose(hidden, weight, [(0, 5), (5, 10)], Sampling(temperature), keys, with_logprobs=with_logprobs)
+    groups.shutdown()
+    return token.tolist(), with_logprobs and logprobs[[0, 2]].tolist()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_both_ranks_say_that_one_has_no_number(value):
+    for temperature, with_logprobs in ((0.0, False), (0.0, True), (1.0, False), (1.0, True)):
+        a, b = run_ranks(2, _choose_where_one_rank_has_no_number, temperature, with_logprobs, value)
+        assert a == b and a[0][1] == -1 and a[0][0] >= 0 and a[0][2] >= 0
+
+
+def test_numbers_out_of_range_are_refused(model):
+    for options, said in (({"max_batch_size": 0}, "max_batch_size 0 must be at least 1"), ({"n_samples": 0}, "n_samples 0"), ({"max_seq_len": -5}, "max_seq_len -5"),
+                          ({"temperature": 1.0, "seed": 1 << 63}, "--seed 9223372036854775808 must be a number of 64 bits")):
+        with pytest.raises(ValueError, match=said):
+            generate(model, PROMPTS, **options)
+    with pytest.raises(ValueError, match="--timeout_seconds inf"):
+        groups.initialize(timeout_seconds=float("inf"))

@@ -291,6 +291,7 @@ def test_config_spellings(c, expected):
     ({**MOE, "mlp_only_layers": [0]}, "experts in every layer"),
     ({**MOE, "decoder_sparse_step": 2}, "experts in every layer"),
     ({**MOE, "num_experts_per_tok": 9}, "n_active_experts=9 must be 1 to n_experts=8"),
+    *(({"model_type": kind, **BASE, "hidden_act": "relu"}, f"hidden_act='relu' is not supported for {kind}") for kind in ("llama", "mistral", "mixtral", "qwen2", "qwen3")),
     ({"model_type": "bloom", "vocab_size": 9, "n_head": 2, "n_layer": 1}, "lacks hidden_size or n_embed"),
     ({"model_type": "bloom", **BASE, "apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
     ({"model_type": "llama", **BASE, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),

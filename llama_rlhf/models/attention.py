@@ -29,6 +29,7 @@ except ImportError:
 _PRODUCTS_FP32 = 1024
 _QUERIES = 128              # of a row that attend together in products: the keys after the last of them are left out
 _GRID_CELLS = 1 << 19       # scores per head that exist at a time
+_BEHIND_TOKENS = 8192       # of whole rows whose keys and values are put together at a time, where rows have tokens before them
 _KEPT_MASKS = 512           # the longest rows whose masks are kept from block to block
 _KEPT_KEYS = 6              # times the head's width: the longest rows whose probabilities are kept for backward
 
@@ -150,7 +151,8 @@ class Rows:
             while last < len(self.lengths):
                 n = self.lengths[last]
                 similar = 0.7 * longest <= n <= longest and (last + 1 - first) * longest * min(longest, _QUERIES) <= _GRID_CELLS
-                if not (similar or self.positions.is_cuda):
+                fits = not self.behind or (last + 1 - first) * (max(longest, n) + self.behind) <= _BEHIND_TOKENS
+                if not (fits and (similar or self.positions.is_cuda)):
                     break
                 longest, last = max(longest, n), last + 1
             lengths = self.lengths[first:last]
@@ -193,6 +195,24 @@ def packed_attention(q, k, v, rows: Rows, kv_of_query: torch.Tensor | None, wind
                             **({"enable_gqa": grouped} if _groups_heads else {}))
     out = [_fused(q[grid.tokens], k[grid.tokens], v[grid.tokens], grid, window, bias) for grid in rows.grids]
     return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def attention_behind(q, k, v, before: tuple[torch.Tensor, torch.Tensor], rows: Rows, window: int | None, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """packed_attention of rows that have the same rows.behind tokens before theirs. before: those tokens' keys and values, [behind, Hkv, D]. No gradient."""
+    out, d = torch.empty_like(q), q.shape[-1]
+    for grid in rows.grids:
+        ends, whole = _ends(grid.longest), (0, grid.longest)
+        keys, values = (torch.cat([old.transpose(0, 1).expand(grid.n_rows, -1, -1, -1), grid.spread(x, whole).view(grid.n_rows, -1, grid.longest, d)], 2)
+                        for old, x in zip(before, (k, v)))                                              # [rows, Hkv, behind + n, D]
+        queries, found = grid.spread(q, ends), []
+        for (seen, here), at in zip(_stretches(ends, window, rows.behind), _cut(queries, ends, grid.n_rows * keys.shape[1])):
+            n = here.stop - here.start
+            mask = grid.mask(seen, here, window, at.shape[1] // n, q.dtype)                             # [1, G m, keys]
+            if bias is not None:
+                mask = mask + bias[:, here, seen].to(q.dtype).view(keys.shape[1], *mask.shape[1:])
+            found.append(F.scaled_dot_product_attention(at.view(*keys.shape[:2], -1, d), keys[:, :, seen], values[:, :, seen], attn_mask=mask[None]).reshape(-1, d))
+        grid.collect(torch.cat(found), ends, out)
+    return out
 
 
 def _sees(here: slice, seen: slice, window: int | None, device: torch.device) -> torch.Tensor:
@@ -299,9 +319,10 @@ def _ends(n: int) -> tuple[int, ...]:
     return *(round(i * n / number / unit) * unit for i in range(number)), n
 
 
-def _stretches(ends: tuple[int, ...], window: int | None) -> list[tuple[slice, slice]]:
-    """(keys, queries) of each stretch: the keys that any of its queries sees."""
-    return [(slice(0 if window is None else max(0, start - window + 1), stop), slice(start, stop)) for start, stop in itertools.pairwise(ends)]
+def _stretches(ends: tuple[int, ...], window: int | None, behind: int = 0) -> list[tuple[slice, slice]]:
+    """(keys, queries) of each stretch: the keys that any of its queries sees. behind: tokens before the first query."""
+    return [(slice(0 if window is None else max(0, behind + start - window + 1), behind + stop), slice(behind + start, behind + stop))
+            for start, stop in itertools.pairwise(ends)]
 
 
 def _cut(spread: torch.Tensor, ends: tuple[int, ...], n: int) -> list[torch.Tensor]:

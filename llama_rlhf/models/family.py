@@ -131,6 +131,8 @@ def hf_llama_shape(family: str, c: dict, **switches) -> ModelConfig:
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     if missing := [key for key in needed if key not in c]:
         raise ValueError(f"config.json lacks {missing}; found {sorted(c)[:12]}")
+    if c.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ValueError(f"config.json: hidden_act={c['hidden_act']!r} is not supported for {family}, only 'silu'")
     theta, scaling = hf_rope(c)
     heads = c["num_attention_heads"]
     values = dict(

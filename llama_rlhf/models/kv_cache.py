@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from llama_rlhf.models.attention import Rows, packed_attention
+from llama_rlhf.models.attention import Rows, attention_behind, packed_attention
 
 _GROWTH = 64        # positions
 
@@ -68,10 +68,6 @@ class KVCache:
         self.slots = torch.tensor(slots, device=device)
         slot_of_token = self.slots.repeat_interleave(torch.tensor(rows.lengths, device=device), output_size=sum(rows.lengths))
         self._places = self._place(slot_of_token, rows.positions)
-        if rows.behind:     # where the prefix and the new tokens stand among those of whole rows
-            self._whole = Rows.packed([rows.behind + n for n in rows.lengths], device)
-            new = self._whole.positions >= rows.behind
-            self._new, self._old = new.nonzero()[:, 0], (~new).nonzero()[:, 0]
 
     @property
     def has_prefix(self) -> bool:
@@ -90,11 +86,7 @@ class KVCache:
         old = self._prefix[layer]
         for cache, x in zip((self.k[layer], self.v[layer]), old):
             cache[self.slots, :, :rows.behind] = x.transpose(0, 1)
-        # the prefix's own queries, which were answered before, are zeros here
-        q, k, v = (x.new_zeros(len(self._whole.positions), *x.shape[1:]).index_copy_(0, self._new, x) for x in (q, k, v))
-        for x, prefix in zip((k, v), old):
-            x.index_copy_(0, self._old, prefix.repeat(len(rows.lengths), 1, 1))
-        return packed_attention(q, k, v, self._whole, None, window, bias)[self._new]
+        return attention_behind(q, k, v, old, rows, window, bias)
 
     def begin_decode(self, lengths: torch.Tensor, longest: int) -> None:
         """lengths: [B] tokens already cached in slots 0..B-1; longest: their maximum, known to the host."""

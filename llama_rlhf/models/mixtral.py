@@ -14,8 +14,6 @@ from llama_rlhf.models.mistral import write_params
 
 
 def read_hf(c: dict) -> ModelConfig:
-    if c.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"config.json: hidden_act={c['hidden_act']!r} is not supported for mixtral")
     c = {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8, "max_position_embeddings": 32768, **c}
     # params.json of the hub's consolidated files may hold the window as a text
     return hf_llama_shape("mixtral", c, embedding_cut="hidden", sliding_window=c.get("sliding_window") and int(c["sliding_window"]),
