@@ -14,7 +14,7 @@ from llama_rlhf.data import encode_prompt, encode_response, pack
 from llama_rlhf.generation import Statistics
 from llama_rlhf.models.transformer import CausalLM, ValueModel
 from llama_rlhf.parallel import groups
-from llama_rlhf.records import read_records
+from llama_rlhf.records import naming, read_records
 from llama_rlhf.reward import pairs_by_label, probability, score_together, show_verifier, verifier_metrics
 from llama_rlhf.runlog import progress_line
 from llama_rlhf.scoring import pass_at_k, selection, wilson_interval
@@ -25,7 +25,8 @@ def encode_problems(tokenizer, problems, label_file: str, max_seq_len: int, **pr
     """Prompt ids of every problem; ValueError naming the record whose prompt leaves no room for an answer."""
     prompts = []
     for problem in problems:
-        ids = encode_prompt(tokenizer, problem.prompt, **prompt_options)
+        with naming(f"{label_file}, record {problem.id}"):
+            ids = encode_prompt(tokenizer, problem.prompt, **prompt_options)
         if len(ids) >= max_seq_len:
             raise ValueError(f"{label_file}, record {problem.id}: the prompt has {len(ids)} tokens, max_seq_len is {max_seq_len}. "
                              "Raise --max_seq_len (the model allows up to its own length), or shorten or remove the record.")

@@ -185,7 +185,10 @@ def text_field(record, name, where, *, expected=None):
     if name not in record:
         needs = f". Expected {expected}" if expected else ""
         raise ValueError(f'{where}: missing "{name}" (keys: {keys_of(record)}){needs}')
-    value = record[name]
+    return _text(record[name], name, where)
+
+
+def _text(value, name, where):
     if not isinstance(value, str):
         raise ValueError(f'{where}: "{name}" must be a string, found {type_name(value)}')
     if not value.isascii() and re.search("[\ud800-\udfff]", value):
@@ -198,7 +201,7 @@ def texts_field(record, name, where, *, expected=None):
     if isinstance(record.get(name), list):
         if not record[name] or not all(isinstance(text, str) for text in record[name]):
             raise ValueError(f'{where}: "{name}" must be a string or a list of strings, with at least one')
-        return record[name]
+        return [_text(text, name, where) for text in record[name]]
     return [text_field(record, name, where, expected=expected)]
 
 
@@ -209,8 +212,7 @@ def prompt_of(record, where, *, own=False):
     """
     messages = messages_of(record, where)
     if messages is not None:
-        last = max((n for n, message in enumerate(messages) if message["role"] == "assistant"), default=0)
-        return messages[:last] if last else messages
+        return messages[:-1] if len(messages) > 1 and messages[-1]["role"] == "assistant" else messages
     name = next((prompt for prompt, _ in SCHEMAS if prompt in record), None)
     if name is None and "chosen" in record and not own:
         return preference_of(record, where)[0]
@@ -239,9 +241,14 @@ def turns_of(record, where):
 
 
 def answers_of(record, where, *, optional=False):
-    """The answers to `prompt_of`: of a conversation the last turn. optional: none is no error, where the record has no field for it."""
+    """The answers to `prompt_of`: of a conversation the last turn, if it is the assistant's. optional: none is no error, where the record has no place for it."""
     if optional and not record.keys() & {"messages", "conversations", *(answer for prompt, answer in SCHEMAS if prompt in record)}:
         return []
+    messages = messages_of(record, where)
+    if messages is not None and messages[-1]["role"] != "assistant":
+        if optional:
+            return []
+        raise ValueError(f'{where}: the last message is from {messages[-1]["role"]!r}, so there is no answer to it. End with an "assistant" turn')
     turns = turns_of(record, where)
     return [answer for prompt, answer in turns if prompt == turns[-1][0]]
 

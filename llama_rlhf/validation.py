@@ -10,6 +10,7 @@ import sys
 
 from llama_rlhf.data import DataReport, JudgedReport, encode_prompt, judged_problems, sft_examples, show_example, show_judged, verifier_examples
 from llama_rlhf.records import is_empty, located, naming, prompt_of, read_records, turns_of
+from llama_rlhf.reward import choose_loss
 from llama_rlhf.tasks import at_home, get_task, gsm8k, source_of
 
 SHOWN = 20      # faults printed
@@ -50,7 +51,7 @@ class Validation:
 
     def judged(self, train_file, label_file, loss, seed):
         """Of verifier_train.py."""
-        prompts = []
+        prompts, chosen = [], loss
         for file in map(at_home, filter(None, (train_file, label_file))):
             records, n_faults = read_records(file, self.faults), len(self.faults)
             try:
@@ -58,7 +59,8 @@ class Validation:
             except ValueError as error:         # of the first record: it decides how the others are read
                 self.faults.append(str(error))
                 continue
-            chosen = loss if loss != "auto" else "mse" if kind == "labels" else "pairwise"
+            if chosen == "auto":        # the training data decide
+                chosen = choose_loss(loss, kind, file)
             for problem in problems:
                 if is_empty(problem.prompt):
                     self.faults.append(f"{problem.where}: the prompt is empty")

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from llama_rlhf.data import DataReport, Example, batches, encode_prompt, sft_examples, show_example
-from llama_rlhf.records import preference_of, prompt_of, read_records, turns_of
+from llama_rlhf.records import answers_of, preference_of, prompt_of, read_records, turns_of
 from llama_rlhf.tokenizer import load_tokenizer
 
 BOS, EOS = 256, 257
@@ -167,8 +167,13 @@ def test_each_assistant_turn_is_trained_after_all_before_it(tokenizer):
         assert [e.id for e in examples] == ["1.1", "1.2"]
         assert [e.tokens[: e.prompt_len] for e in examples] == [[BOS, *ids("s:S;u:x;a:")], [BOS, *ids("s:S;u:x;a:y;u:z;a:")]]
         assert [e.tokens[e.prompt_len :] for e in examples] == [[*ids("y"), EOS], [*ids("w"), EOS]]
-        assert prompt_of(given, "") == record["messages"][:4]
-    assert prompt_of({"messages": record["messages"][:2]}, "") == record["messages"][:2], "a prompt that waits for its answer"
+        assert prompt_of(given, "") == record["messages"], "the last turn waits for its answer"
+        assert answers_of({**given, "label": "w"}, "", optional=True) == []
+        with pytest.raises(ValueError, match="record 3: the last message is from 'user', so there is no answer to it"):
+            answers_of(given, "record 3")
+    answered = {"messages": record["messages"][:5]}
+    assert prompt_of(answered, "") == record["messages"][:4] and answers_of(answered, "") == ["w"]
+    assert prompt_of({"messages": record["messages"][:2]}, "") == record["messages"][:2]
 
 
 def test_a_system_field_comes_before_the_prompt_with_and_without_template(tokenizer):
@@ -208,7 +213,6 @@ def test_faults_can_be_collected_and_the_good_records_kept(tmp_path, tokenizer):
 def test_no_record_and_no_file_makes_anything_but_a_value_error(tmp_path):
     """Random records out of every known field, and a good file with random damage; seeded."""
     from llama_rlhf.data import judged_problems
-    from llama_rlhf.records import answers_of
     from llama_rlhf.tasks import answers, gsm8k
     draw = random.Random(0)
     turn = {"role": "user", "content": "x"}

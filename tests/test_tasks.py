@@ -309,6 +309,10 @@ def test_all_faults_are_found_at_once(toy, tmp_path):  # noqa: F811
                   "test.json, record 1: the prompt is also in the training data"):
         assert len(re.findall(f"^wrong: .*{re.escape(fault)}", out, re.MULTILINE)) == 1, fault
     assert "note: 1 examples stand there more than once" in out
+    (tmp_path / "half.json").write_text(json.dumps([{"instruction": "a", "output": ["good", "good \ud83d"]}, {"prompt": "b", "chosen": ["\ud83d"], "rejected": "c"}]))
+    for script, n, name in (("solver_train.py", 1, "output"), ("verifier_train.py", 1, "output")):
+        code, out = validate(script, toy, train_file=tmp_path / "half.json", max_seq_len=96)
+        assert code == 1 and f'half.json, line 1, record {n}: "{name}" holds half a character' in out, out
     code, out = validate("ppo_train.py", toy, train_file=tmp_path / "bad.jsonl", max_new_tokens=95)
     assert code == 1 and "no record fits --max_seq_len 96 less --max_new_tokens 95" in out and "line 3, record 3: the solution has no line" in out, out
 
@@ -320,6 +324,9 @@ def test_judged_data_are_validated_as_the_verifier_reads_them(toy, tmp_path):  #
     assert code == 1 and "record 2: a response is empty" in out and 'record 3: missing "rejected"' in out and ": 2 faults" in out, out
     code, out = validate("verifier_train.py", toy, train_file=tmp_path / "pairs.json", loss="mse", max_seq_len=96)
     assert code == 1 and "--loss mse needs responses labelled right or wrong" in out
+    (tmp_path / "labels.json").write_text(json.dumps([{"instruction": "a", "output": "b", "label": 1}, {"instruction": "a", "output": "c", "label": 0}]))
+    code, out = validate("verifier_train.py", toy, train_file=tmp_path / "labels.json", label_file=tmp_path / "pairs.json", max_seq_len=96)
+    assert code == 1 and "pairs.json: --loss mse needs responses labelled right or wrong" in out, "the training data choose the loss"
     code, out = validate("verifier_train.py", toy, train_file=toy / "train.json", label_file=toy / "test.json", max_seq_len=96)
     assert code == 1 and out.count("is also in the training data") == 7, out
 
