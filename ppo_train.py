@@ -196,16 +196,16 @@ def main(
     from llama_rlhf.advantages import ALGORITHMS, Ema, KLController, RunningMoments, Settings, check_algorithm, make_advantages
     from llama_rlhf.checkpoint import store
     from llama_rlhf.checkpoint.export import companions_folder
-    from llama_rlhf.checkpoint.shards import load_training_state, save_model
+    from llama_rlhf.checkpoint.shards import check_space, load_training_state, save_model
     from llama_rlhf.data import encode_prompt
     from llama_rlhf.evaluation import encode_problems, evaluate, show
     from llama_rlhf.interrupt import Interrupt
     from llama_rlhf.losses import kl_estimate
     from llama_rlhf.parallel import groups
-    from llama_rlhf.parallel.layers import Lora
+    from llama_rlhf.parallel.layers import lora_of
     from llama_rlhf.plan import plan_ppo, report_memory
     from llama_rlhf.ppo import UpdateSettings, rollout_statistics, update_actor, update_critic, warnings
-    from llama_rlhf.records import located, prompt_of, read_records
+    from llama_rlhf.records import located, naming, prompt_of, read_records
     from llama_rlhf.roles import check_same_tokenizer, load_roles
     from llama_rlhf.rollout import Prompt, Reward, Rollout, RolloutSettings, collect, load_reward_function
     from llama_rlhf.runlog import Clock, PeakMemory, RunLog, check_tracker, peak_memory_gb
@@ -233,8 +233,7 @@ def main(
                               kl_coef=kl_coef, kl_target=chosen(kl_target), kl_horizon=kl_horizon, clip_low=clip,
                               clip_high=clip if clip_high == -1 else clip_high, dual_clip=chosen(dual_clip), value_clip=chosen(value_clip),
                               whiten_rewards=whiten_rewards, bootstrap_truncated=bootstrap_truncated)
-        if lora_rank == 0 or lora_rank < -1:
-            raise ValueError(f"--lora_rank {lora_rank}: use -1 to train all weights, or a rank such as 16")
+        lora = lora_of(lora_rank, lora_alpha)
         cli.check_range(1, max_batch_size=max_batch_size, max_buffer_size=max_buffer_size, inner_epochs=inner_epochs, epochs=epochs, max_new_tokens=max_new_tokens,
                         rollout_batch_size=rollout_batch_size, eval_batch_size=eval_batch_size, max_iterations=chosen(max_iterations))
         cli.check_range(0, weight_decay=weight_decay, max_grad_norm=max_grad_norm, critic_warmup=chosen(critic_warmup))
@@ -251,9 +250,11 @@ def main(
             raise ValueError("no reward: give --reward_model_ckpt_dir, --reward_function or a --rule_weight")
         if keep_last == 0 or keep_last < -1:
             raise ValueError(f"--keep_last {keep_last}: use -1 to keep all saves, or at least 1")
-        minibatch_size = min(max_buffer_size, max(max_batch_size, max_buffer_size // 4)) if minibatch_size == -1 else minibatch_size
-        if not 1 <= minibatch_size <= max_buffer_size:
-            raise ValueError(f"--minibatch_size {minibatch_size} must be between 1 and --max_buffer_size {max_buffer_size}")
+        replayed = Rollout.load(replay) if replay else None
+        buffer_size = len(replayed) if replayed else max_buffer_size
+        minibatch_size = min(buffer_size, max(max_batch_size, buffer_size // 4)) if minibatch_size == -1 else minibatch_size
+        if not 1 <= minibatch_size <= buffer_size:
+            raise ValueError(f"--minibatch_size {minibatch_size} must be between 1 and " + (f"the {buffer_size} responses of {replay}" if replayed else f"--max_buffer_size {buffer_size}"))
         critic_ckpt_dir = store.find(critic_given) if critic_given else (reward_model_ckpt_dir or actor_ckpt_dir) if row.uses_critic else ""
         if critic_save_dir and not row.uses_critic:
             raise ValueError(f"{algorithm} has no critic: leave --critic_save_dir out, or use --algorithm ppo")
@@ -274,21 +275,27 @@ def main(
         check_same_tokenizer(tokenizer, own, role_dirs)
         kind = get_task(task)
         rule, train_file = choose_rule(kind, rule), source_of(kind, "train_file", train_file, "TRAIN")
-        try:
-            problems = kind.load(train_file)
-        except ValueError:
-            if rule_weight or not os.path.isfile(train_file):
-                raise
-            problems, records = None, read_records(train_file)      # prompts without labels: the reward model or the function judges alone
+        lacking: list[str] = []
+        problems = kind.load(train_file, None if rule_weight or not os.path.isfile(train_file) else lacking)
+        if lacking and problems and reward_function:
+            raise ValueError(f"{lacking[0]}. {len(problems)} other records have a label: a reward function gets the labels of all, or, where there are none, None")
+        if lacking:     # the reward model or the function judges alone
+            if problems:
+                groups.log(f"note: {lacking[0]}. So no label is used, and there is no accuracy")
+            problems, records = [], read_records(train_file)
         test_problems = kind.load(label_file) if label_file else []
-        texts = [p.prompt for p in problems] if problems else [prompt_of(record, where) for _, where, record in located(records)]
-        prompts = [Prompt(n, text if isinstance(text, str) else str(text), encode_prompt(tokenizer, text, use_chat_template=use_chat_template,
-                                                                                        system_prompt=system_prompt), problem)
-                   for n, (text, problem) in enumerate(zip(texts, problems or [None] * len(texts)), 1)]
+        texts = [(f"{train_file}, record {p.id}", p.prompt) for p in problems] or [(where, prompt_of(record, where)) for _, where, record in located(records)]
+        prompts = []
+        for n, ((where, text), problem) in enumerate(zip(texts, problems or [None] * len(texts)), 1):
+            with naming(where):
+                tokens = encode_prompt(tokenizer, text, use_chat_template=use_chat_template, system_prompt=system_prompt)
+            prompts.append(Prompt(n, text if isinstance(text, str) else str(text), tokens, problem))
         function = load_reward_function(reward_function) if reward_function else None
-        replayed = Rollout.load(replay) if replay else None
         if replayed and replayed.temperature != temperature:
             raise ValueError(f"--replay {replay}: it was drawn at temperature {replayed.temperature}, not {temperature}")
+        if replayed and replayed.bootstrapped != bootstrap_truncated:
+            raise ValueError(f"--replay {replay}: it was drawn with{'' if replayed.bootstrapped else 'out'} --bootstrap_truncated, which its scores and values "
+                             f"follow: leave that flag {'as it was' if replayed.bootstrapped else 'out'}")
         if replayed and (row.uses_critic and replayed.values is None or kl_coef > 0 and replayed.ref_logprobs is None):
             raise ValueError(f"--replay {replay} lacks the {'critic' if row.uses_critic and replayed.values is None else 'reference'} that {algorithm} "
                              "needs here: it comes from a run without one. Use another --algorithm, or --kl_coef 0.")
@@ -298,12 +305,12 @@ def main(
         store.check_writable(folder)
     for folder in save_dirs:
         store.claim(folder)
-    run = store.identity(cli.resolved, groups.default_dtype(dtype), actor=actor_ckpt_dir, critic=critic_ckpt_dir, reward=reward_model_ckpt_dir)
+    run = store.identity(cli.resolved, groups.default_dtype(dtype), invariants.fingerprint(prompts), actor=actor_ckpt_dir, critic=critic_ckpt_dir, reward=reward_model_ckpt_dir)
     starts, earlier = store.find_start(save_dirs, run, resume)
     start, state = earlier.get("step", 0), earlier.get("run", {})
     actor_start, critic_start = starts[0] or actor_ckpt_dir, starts[-1] or critic_ckpt_dir
 
-    lora, memory = Lora(lora_rank, lora_alpha) if lora_rank > 0 else None, PeakMemory()
+    memory = PeakMemory()
     train_dtype = groups.default_dtype(dtype)
     roles = load_roles(actor_dir=actor_ckpt_dir, start_dir=actor_start, critic_dir=critic_ckpt_dir, critic_start_dir=critic_start,
                        reward_dir=reward_model_ckpt_dir if reward_model_weight else "", reward_weight=reward_model_weight,
@@ -335,7 +342,7 @@ def main(
     iterations = 1 if replay else iterations
     warmup = critic_warmup if critic_warmup != -1 else 2 if roles.critic_is_new else 0
     warmup = 0 if critic is None or replay else min(warmup, iterations - 1)
-    steps_each = inner_epochs * math.ceil(max_buffer_size / minibatch_size)
+    steps_each = inner_epochs * math.ceil(buffer_size / minibatch_size)
     options: dict = dict(schedule=lr_schedule, weight_decay=weight_decay, max_grad_norm=max_grad_norm, eps=1e-5, precision=optimizer_precision, zero=zero,
                          skip_grad_norm_above=skip_grad_norm_above)
 
@@ -345,6 +352,7 @@ def main(
 
     actor_trainer = trainer_of(actor, actor_lr, 1e-6 if lora is None else 2e-5, iterations - warmup)
     critic_trainer = trainer_of(critic, critic_lr, 5e-6 if lora is None else 1e-4, iterations) if critic is not None else None
+    check_space({actor_save_dir: (actor, actor_trainer)} | ({critic_save_dir: (critic, critic_trainer)} if critic else {}))
     kl = KLController(kl_coef, chosen(kl_target), kl_horizon)
     moments, ema = RunningMoments(), Ema()
     best: dict = {"accuracy": -1.0, "step": -1}
@@ -383,11 +391,11 @@ def main(
         return metrics["accuracy"]
 
     def save(step):
-        run_state = {"kl": kl.state(), "moments": moments.state(), "ema": ema.state(), "best": best, "identity": run}
+        run_state = {"kl": kl.state(), "moments": moments.state(), "ema": ema.state(), "best": best, "identity": run, "folders": save_dirs}
         if critic is not None:
             with roles.using(critic, trainer=critic_trainer):
                 save_model(critic, os.path.join(critic_save_dir, f"step-{step}"), companions=companions, trainer=critic_trainer, step=step,
-                           run={"identity": run})
+                           run={"identity": run, "folders": save_dirs})
         with roles.using(actor, trainer=actor_trainer):
             save_model(actor, os.path.join(actor_save_dir, f"step-{step}"), companions=companions, trainer=actor_trainer, step=step, run=run_state)
         for folder in save_dirs:

@@ -151,6 +151,9 @@ def main(
     log_dir = log_dir or os.path.join(home if os.path.isdir(home) else os.path.dirname(home), "evaluate-" + re.sub(r"[^\w.-]+", "-", task))
     store.check_writable(log_dir)
     written = [os.path.join(log_dir, name) for name in ("samples.jsonl", "metrics.json")]
+    if samples_file and limit >= 0 and os.path.exists(written[0]) and os.path.samefile(samples_file, written[0]):
+        raise ValueError(f"--limit {limit} with --log_dir {log_dir} would leave {limit} problems of {samples_file}, which is written there anew with scores. "
+                         "Choose another --log_dir, or leave out --limit.")
     if groups.is_main() and os.path.exists(written[1]):
         os.remove(written[1])        # never beside the samples of another run
     memory, config, prompts = PeakMemory(trains=False), None, []

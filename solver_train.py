@@ -120,12 +120,12 @@ def main(
     from llama_rlhf import cli, invariants
     from llama_rlhf.checkpoint import store
     from llama_rlhf.checkpoint.export import companions_folder
-    from llama_rlhf.checkpoint.shards import load_model, load_training_state, save_model
+    from llama_rlhf.checkpoint.shards import check_space, load_model, load_training_state, save_model
     from llama_rlhf.data import DataReport, batches, sft_examples, show_example
     from llama_rlhf.evaluation import encode_problems, evaluate, show
     from llama_rlhf.interrupt import Interrupt
     from llama_rlhf.parallel import groups
-    from llama_rlhf.parallel.layers import Lora
+    from llama_rlhf.parallel.layers import lora_of
     from llama_rlhf.plan import plan_training, report_memory
     from llama_rlhf.records import read_records
     from llama_rlhf.runlog import Average, PeakMemory, RunLog, check_tracker, peak_memory_gb
@@ -139,8 +139,7 @@ def main(
     groups.initialize(model_parallel_size, timeout_seconds=timeout_seconds, device=device)
     with groups.together("checking the arguments and the data"):
         ckpt_dir = store.find(ckpt_dir)
-        if lora_rank == 0 or lora_rank < -1:
-            raise ValueError(f"--lora_rank {lora_rank}: use -1 to train all weights, or a rank such as 16")
+        lora = lora_of(lora_rank, lora_alpha)
         if max_batch_size == -1 and max_batch_tokens > 0:
             max_batch_size = max_batch_tokens        # a row has a token at least: only their sum counts
         cli.check_range(1, max_batch_size=max_batch_size, accumulation_steps=accumulation_steps, epochs=epochs, log_steps=log_steps, eval_batch_size=eval_batch_size,
@@ -167,17 +166,14 @@ def main(
     store.check_writable(save_dir)
     store.check_writable(log_dir)
     store.claim(save_dir)
-    run = store.identity(cli.resolved, groups.default_dtype(dtype), model=ckpt_dir)
+    run = store.identity(cli.resolved, groups.default_dtype(dtype), invariants.fingerprint(examples), model=ckpt_dir)
     (start,), earlier = store.find_start([save_dir], run, resume)
-    lora, memory = Lora(lora_rank, lora_alpha) if lora_rank > 0 else None, PeakMemory()
+    memory = PeakMemory()
     model = load_model(start or ckpt_dir, verify=not start, lora=lora, dtype=groups.default_dtype(dtype), model_type=model_type, seed=seed)
     model.recompute(activation_checkpointing)
     model.sequence_parallel(sequence_parallel)
     if compile:
         model.compile_elementwise()
-    n_bytes = sum(groups.gather_objects(sum(p.nbytes for p in model.parameters()) if groups.dp_rank() == 0 else 0))
-    with groups.together(f"checking the space in {save_dir}"):
-        store.check_free_space(save_dir, n_bytes)       # for the first save: better now than after an epoch
     with groups.together("checking the data against the model"):
         check_vocabulary(tokenizer, model, ckpt_dir)
         if max_seq_len > model.config.max_seq_len:
@@ -194,6 +190,7 @@ def main(
     trainer = Trainer(model, lr=lr if lr > 0 else (1e-5 if lora is None else 2e-4), total_steps=total_steps, schedule=lr_schedule,
                       warmup_steps=math.ceil(warmup_ratio * total_steps), weight_decay=weight_decay, max_grad_norm=max_grad_norm,
                       precision=optimizer_precision, zero=zero, skip_grad_norm_above=skip_grad_norm_above)
+    check_space({save_dir: (model, trainer)})
     run_log = RunLog(log_dir, total=total_steps, tracker=tracker)
     run_log.write(f"{train_file}: {report}\n{trainer.describe()}\n{groups.tp_size()} tensor-parallel x {groups.dp_size()} data-parallel "
                   f"ranks, {model.dtype}, {total_steps} steps\nfirst sample, trained part in brackets: {show_example(examples[0], tokenizer)}")

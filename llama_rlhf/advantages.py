@@ -174,15 +174,20 @@ def make_advantages(algorithm: str, scores: Tensor, kl: Tensor, mask: Tensor, *,
     return Advantages(whiten(unwhitened, mask) if row.whitens else unwhitened, unwhitened, returns, rewards)
 
 
+def named(name: str) -> Algorithm:
+    """The row `name`."""
+    if name not in ALGORITHMS:
+        near = difflib.get_close_matches(str(name).lower(), ALGORITHMS, 1, 0.5)
+        raise ValueError(f"--algorithm {name!r} is none of {', '.join(ALGORITHMS)}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return ALGORITHMS[name]
+
+
 def check_algorithm(name: str, *, n_samples_per_prompt: int = 1, has_critic_ckpt: bool = False, kl_coef: float = 0.0, kl_target: float | None = None,
                     kl_horizon: float = 10_000, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None,
                     value_clip: float | None = 0.2, gamma: float = 1.0, lam: float = 0.95, whiten_rewards: bool = False,
                     bootstrap_truncated: bool = False, missing_end_penalty: float = 0.0) -> Algorithm:
     """The row `name`, if the run's options can go together with it; otherwise ValueError naming the first that cannot."""
-    if name not in ALGORITHMS:
-        near = difflib.get_close_matches(str(name).lower(), ALGORITHMS, 1, 0.5)
-        raise ValueError(f"--algorithm {name!r} is none of {', '.join(ALGORITHMS)}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    row = ALGORITHMS[name]
+    row = named(name)
     critic, adaptive = row.uses_critic, kl_target is not None
     problems = [        # comparisons are written so that NaN fails them
         (n_samples_per_prompt < 1, f"--num_samples_per_prompt {n_samples_per_prompt} must be at least 1"),

@@ -200,13 +200,20 @@ def read_config(path, parameters):
         if isinstance(value, dict) or isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
             problems.append(f"--config {path}: {name} holds lists or mappings within; flags are plain values, or lists of them")
             continue
-        if isinstance(value, list):
-            value = ",".join(map(str, value))
-        try:  # by way of its text: YAML takes 1e-5 for a word, and true, null and none are spelled in several ways
-            values[name] = convert(str(value).lower() if value is None or isinstance(value, bool) else str(value), parameters[name].annotation)
+        annotation = parameters[name].annotation
+        try:
+            if isinstance(value, list) and _is_list(annotation):  # an item may hold a comma
+                values[name] = [convert(_spelled(item), typing.get_args(_members(annotation)[0])[0]) for item in value]
+            else:
+                values[name] = convert(",".join(map(str, value)) if isinstance(value, list) else _spelled(value), annotation)
         except ValueError as e:
             problems.append(f"--config {path}: {name} {e}")
     return values, problems
+
+
+def _spelled(value):
+    """As on a command line: YAML takes 1e-5 for a word, and true, null and none are spelled in several ways."""
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def convert(text, annotation):

@@ -86,6 +86,14 @@ def _texts_digest(texts) -> str:
     return digest.hexdigest()
 
 
+def fingerprint(examples) -> str:
+    """Of the training data: tokens, labels, pairs; a thousand examples are looked at, or two."""
+    digest = hashlib.blake2b(digest_size=8)
+    for example in examples[:: max(1, len(examples) // 1000)]:
+        digest.update(repr(example).encode())
+    return f"{len(examples)} examples with digest {digest.hexdigest()}"
+
+
 def counters(trainers: dict, *, step: int, grad_norm: float | None = None, texts=()) -> Check:
     """Collective. Step, optimizer's counters and gradient norm are the same everywhere, this step's texts within a replica."""
     values: dict = {"step": step, "gradient norm": grad_norm} | {f"{role}'s optimizer steps": (t.n_steps, t.skipped_steps) for role, t in trainers.items()}
@@ -95,11 +103,11 @@ def counters(trainers: dict, *, step: int, grad_norm: float | None = None, texts
 
 
 def _same_start(examples) -> list[Check]:
-    some, seed, places = examples[:: max(1, len(examples) // 1000)], cli.resolved.get("seed", 0), torch.arange(4, device=groups.device())
+    seed, places = cli.resolved.get("seed", 0), torch.arange(4, device=groups.device())
     draws = keyed_uniform(seed, places, places, places)        # all random numbers of a run are functions of the seed and a place; torch's generator is not used
     return [_agree("flags, versions and data are the same on all ranks",
                    {**{f"--{key}": str(value) for key, value in cli.resolved.items()}, "torch": torch.__version__,
-                    "training data": (len(examples), _texts_digest(e.tokens for e in some))},
+                    "training data": fingerprint(examples)},
                    "the command or the data file differs between nodes"),
             _agree("random numbers are the same on all ranks", {"samples": draws.tolist(), "order": random.Random(f"{seed}/0").random()},
                    "--seed, the device or the version of Python differs between nodes")]

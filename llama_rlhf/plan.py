@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import torch
 
-from llama_rlhf.advantages import ALGORITHMS
+from llama_rlhf.advantages import named
 from llama_rlhf.checkpoint import store
 from llama_rlhf.checkpoint.convert import load_config
 from llama_rlhf.checkpoint.formats import open_checkpoint
@@ -23,7 +23,7 @@ from llama_rlhf.footprint import KINDS, generating, passes
 from llama_rlhf.models import preset
 from llama_rlhf.models.transformer import CausalLM, Transformer, ValueModel
 from llama_rlhf.parallel import groups
-from llama_rlhf.parallel.layers import Lora
+from llama_rlhf.parallel.layers import lora_of
 from llama_rlhf.parallel.shared_memory import _SLOT_BYTES
 from llama_rlhf.reward import _PACK_TOKENS, JointModel
 from llama_rlhf.rollout import _PASS_TOKENS
@@ -117,7 +117,7 @@ def _layout(flags: dict, config: ModelConfig | None):
     device = "cuda" if f.device == "cuda" or f.device == "auto" and torch.cuda.is_available() else "cpu"
     # ranges differ by one unit at most, and the last rank's are never the shorter ones
     with groups.pretend(tp, tp - 1 if f.plan else groups.tp_rank(), ranks // tp, device):
-        dtype, lora = groups.default_dtype(f.dtype), Lora(f.lora_rank, f.lora_alpha) if getattr(f, "lora_rank", -1) > 0 else None
+        dtype, lora = groups.default_dtype(f.dtype), lora_of(f.lora_rank, f.lora_alpha) if hasattr(f, "lora_rank") else None
         yield f, config, dict(dtype=dtype, lora=lora), (f"{config.n_parameters / 1e9:.3f} billion weights, {tp} tensor-parallel x {ranks // tp} "
                                                         f"data-parallel ranks, {str(dtype).removeprefix('torch.')}, {device}")
 
@@ -180,7 +180,7 @@ def plan_evaluation(flags: dict, *, config: ModelConfig | None = None, prompts: 
 def plan_ppo(flags: dict, *, models: dict[str, Transformer] | None = None, prompts: Sequence[int] = ()) -> Plan:
     """Of ppo_train, with the longest responses. models: role -> the loaded one; without, those that the flags ask for, alike in size."""
     with _layout(flags, models["actor"].config if models else None) as (f, config, options, title):
-        algorithm = ALGORITHMS[f.algorithm]
+        algorithm = named(f.algorithm)
         if models is None:
             there = {"actor": True, "reference": f.kl_coef if f.kl_coef != -1 else algorithm.kl_coef, "critic": algorithm.uses_critic,
                      "reward": f.reward_model_ckpt_dir and f.reward_model_weight}

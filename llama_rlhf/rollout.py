@@ -102,6 +102,7 @@ class Rollout:
     value_after: torch.Tensor           # [B]
     temperature: float                  # at which all log-probabilities are
     counts: dict[str, int] = field(default_factory=dict)    # truncated, too_short, not_finite
+    bootstrapped: bool = False          # RolloutSettings.bootstrap_truncated
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -133,7 +134,7 @@ class Rollout:
                    [r.prompt_length for r in responses], [r.finished for r in responses], [r.text for r in responses],
                    [r.correct for r in responses], [r.parts for r in responses], torch.tensor(scores), torch.tensor(bad), mask,
                    padded("generator_logprobs"), padded("logprobs"), padded("entropy"), padded("ref_logprobs"), padded("values"),
-                   torch.tensor([r.value_after for r in responses]), settings.temperature, counts)
+                   torch.tensor([r.value_after for r in responses]), settings.temperature, counts, settings.bootstrap_truncated)
 
     def save(self, path: str) -> None:
         """For a later `load`, and to look at: a dictionary of the fields above."""

@@ -278,6 +278,8 @@ def test_config_file_gives_flags_and_the_command_line_wins(tmp_path):
     expected = {"ckpt_dir": "2024", "lr": 1e-5, "epochs": 3, "chat": True, "names": ["a", "b"], "prompt": None}
     assert cli.parse(main, ["--config", str(file)]) == expected
     assert cli.parse(main, ["--epochs=7", f"--config={file}"]) == {**expected, "epochs": 7}
+    file.write_text("ckpt_dir: x\nnames: ['Hello, world', 1e-5, true]\n")
+    assert cli.parse(main, ["--config", str(file)])["names"] == ["Hello, world", "1e-5", "true"], "an item may hold a comma"
     (tmp_path / "run.json").write_text(json.dumps({"script": "x.py", "arguments": expected, "environment": {}}))
     assert cli.parse(main, ["--config", str(tmp_path / "run.json")]) == expected      # an earlier run, again
     for text, said in (("epoch: 3\n", "unknown flag epoch: did you mean --epochs?"), ("epochs: many\n", "epochs expects a whole number"),

@@ -248,3 +248,70 @@ def test_torchrun_restarts_what_died_and_it_ends_as_if_nothing_had_been(tmp_path
     done = subprocess.run([sys.executable, os.path.join(os.path.dirname(jobs.__file__), "kills.py"), "soak", "--quick", "--rate", "0.05"],
                           capture_output=True, text=True, timeout=400)
     assert done.returncode == 0 and "final save equals the undisturbed run's: True" in done.stdout, done.stdout[-3000:]
+
+
+def _save(folder, step, saved_with):
+    """A save of a run that saved to the folders `saved_with`, as far as `find_start` looks: one file and its manifest."""
+    from llama_rlhf.checkpoint import store
+    from llama_rlhf.checkpoint.convert import FORMAT, seal
+    os.makedirs(path := os.path.join(folder, f"step-{step}"))
+    content = {"format": FORMAT, "config": {}, "step": step, "run": {"identity": RUN, "folders": [str(f) for f in saved_with]},
+               "files": {"a.json": store.write_json(os.path.join(path, "a.json"), step)}}
+    store.write_json(os.path.join(path, "manifest.json"), {**content, "sha256": seal(content)})
+    return path
+
+
+RUN = {"arguments": {}, "tensor_parallel": 1}
+
+
+def _flip(path):
+    data = bytearray(open(path, "rb").read())
+    data[len(data) // 2] ^= 1
+    open(path, "wb").write(data)
+
+
+def _start(*folders):
+    """What `find_start` begins with (the steps), or its refusal; and what the folders hold then."""
+    from llama_rlhf.checkpoint import store
+    try:
+        paths, _ = store.find_start([str(folder) for folder in folders], RUN, "auto")
+        start = [os.path.basename(path) for path in paths]
+    except ValueError as error:
+        start = str(error)
+    return start, *(sorted(os.listdir(folder)) for folder in folders)
+
+
+def test_no_save_is_removed_that_is_not_computed_again(world_of_one, tmp_path, capsys):
+    """Roles that do not go together are refused; what is damaged, or has lost its partner, keeps its files under another name."""
+    def run(name, actor, critic, elsewhere=None):
+        folders = [tmp_path / name / role for role in ("actor", "critic")]
+        for folder, steps in zip(folders, (actor, critic)):
+            folder.mkdir(parents=True)
+            for step in steps:
+                _save(folder, step, [tmp_path / elsewhere / role for role in ("actor", "critic")] if elsewhere else folders)
+        return folders
+
+    assert _start(*run("whole", (1, 2), (1, 2))) == (["step-2", "step-2"], ["step-1", "step-2"], ["step-1", "step-2"])
+    assert _start(*run("died", (1,), (1, 2))) == (["step-1", "step-1"], ["step-1"], ["step-1"])
+    assert _start(*run("died-at-first", (), (1,))) == (["", ""], [], [])
+    # another folder was given for the critic, or for the actor
+    for name, actor, critic, holder, lacks in (("typo", (1, 2), (), "actor", "critic"), ("other", (), (1, 2), "critic", "actor"), ("half", (1, 2, 3), (1,), "actor", "critic")):
+        refusal, *held = _start(*run(name, actor, critic))
+        assert f"{tmp_path / name / holder} holds step-" in refusal and f"{tmp_path / name / lacks} does not" in refusal
+        assert held == [[f"step-{n}" for n in steps] for steps in (actor, critic)]
+    refusal, *held = _start(*run("mixed", (), (1,), elsewhere="old"))
+    assert f"saved to {tmp_path / 'old/actor'} and {tmp_path / 'old/critic'}" in refusal and held == [[], ["step-1"]]
+    assert _start(*run("moved", (1,), (1, 2), elsewhere="old")) == (["step-1", "step-1"], ["step-1"], ["step-1", "step-2.alone"])
+    # damaged: weights, and the manifest
+    for file in ("a.json", "manifest.json"):
+        folders = run(f"damaged-{file}", (1, 2), (1, 2))
+        _flip(folders[1] / "step-2" / file)
+        assert _start(*folders) == (["step-1", "step-1"], ["step-1", "step-2.alone"], ["step-1", "step-2.corrupt"])
+        for folder in folders:
+            _save(folder, 2, folders)
+        _flip(folders[1] / "step-2" / file)
+        assert _start(*folders) == (["step-1", "step-1"], ["step-1", "step-2.alone", "step-2.alone-2"], ["step-1", "step-2.corrupt", "step-2.corrupt-2"])
+        folders = run(f"only-{file}", (2,), (2,))
+        _flip(folders[1] / "step-2" / file)
+        assert _start(*folders) == (["", ""], ["step-2.alone"], ["step-2.corrupt"])
+    assert "is moved aside as" in capsys.readouterr().out

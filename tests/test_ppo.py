@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 
 import pytest
@@ -29,7 +30,8 @@ def toy(tmp_path_factory):
         "def evens(prompt, response, label):\n    return sum(ord(c) % 2 == 0 for c in response) / 8\n"
         "def sometimes_nan(prompt, response, label):\n    return float('nan') if prompt.startswith('1') else 1.0\n"
         "def broken(prompt, response, label):\n    raise KeyError('no such table')\n"
-        "def equal(prompt, response, label):\n    return 1.0\n")
+        "def equal(prompt, response, label):\n    return 1.0\n"
+        "def is_none(prompt, response, label):\n    return float(label is None)\n")
     return folder
 
 
@@ -232,6 +234,12 @@ def test_a_saved_rollout_replays_to_the_same_update(toy, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
     replay = tmp_path / "first/log/rollout-1.pt"
     assert "drawn at temperature 1.0, not 0.5" in sentence(ppo(toy, tmp_path / "hot", replay=replay, temperature=0.5, **flags))
+    assert "drawn without --bootstrap_truncated" in sentence(ppo(toy, tmp_path / "cut", replay=replay, bootstrap_truncated=True, **flags))
+    # the buffer is the file's, whatever --max_buffer_size says
+    ok(ppo(toy, tmp_path / "small", replay=replay, **{**flags, "max_buffer_size": 4, "lr_schedule": "linear"}))
+    ok(ppo(toy, tmp_path / "large", replay=replay, **{**flags, "max_buffer_size": 8, "lr_schedule": "linear"}))
+    small, large = (numbers(iterations(tmp_path / name)[-1]) for name in ("small", "large"))
+    assert small == large and small["actor_steps"] == 4 and small["actor_lr"] > 0
     (tmp_path / "noise.pt").write_bytes(random.Random(0).randbytes(500))
     assert "is not a rollout" in sentence(ppo(toy, tmp_path / "third", replay=tmp_path / "noise.pt", **flags))
 
@@ -247,6 +255,53 @@ def test_faults_of_rewards_follow_the_stated_rule(toy, tmp_path):
     ranks = ppo(toy, tmp_path / "raise", 2, reward_function=f"{rewards}:broken")
     assert all(code == 1 and "no such table" in err for code, _, err in ranks), ranks
     assert "has no function" in sentence(ppo(toy, tmp_path / "name", reward_function=f"{rewards}:missing"))
+    # labels: of all prompts, or of none
+    for name, lacking in (("none", range(20)), ("one", [16])):
+        (tmp_path / f"{name}.json").write_text(json.dumps([{**record, "output": "?"} if n in lacking else record for n, record in enumerate(PROMPTS)]))
+    ok(ppo(toy, tmp_path / "unlabelled", train_file=tmp_path / "none.json", reward_function=f"{rewards}:is_none", max_iterations=1, bad_score=1.0))
+    assert iterations(tmp_path / "unlabelled")[0]["score"] == 1.0
+    flags = dict(train_file=tmp_path / "one.json", max_iterations=1)
+    said = sentence(ppo(toy, tmp_path / "partly", reward_function=f"{rewards}:is_none", **flags))
+    assert "one.json, line 1, record 17" in said and "19 other records have a label" in said
+    ok(ppo(toy, tmp_path / "judged", reward_model_ckpt_dir=toy / "reward", **flags))
+
+
+def test_a_continued_run_must_have_its_data_and_room(toy, tmp_path, monkeypatch):
+    flags = dict(max_iterations=2, save_steps=1, reward_function=f"{toy / 'rewards.py'}:evens", train_file=tmp_path / "prompts.json")
+    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
+    ok(ppo(toy, tmp_path / "run", **flags))
+    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS[::-1]))
+    said = sentence(ppo(toy, tmp_path / "run", 2, **flags))
+    assert "with other settings: training data 20 examples with digest" in said and "(was 20 examples with digest" in said
+
+
+def _with_free_space(script, free, flags):
+    """script on a disk that has room for so many bytes."""
+    import types
+
+    from ranks import _script
+
+    from llama_rlhf.checkpoint import store
+    store.shutil.disk_usage = lambda _: types.SimpleNamespace(free=free)
+    return _script(script, flags)
+
+
+@pytest.mark.parametrize("script", ["ppo_train.py", "solver_train.py", "verifier_train.py"])
+def test_a_disk_without_room_for_a_save_is_noticed_before_the_first_step(script, toy, tmp_path):
+    """Weights, masters and moments of all that is saved: what is written then needs no more than was asked for, and not much less."""
+    if script == "ppo_train.py":
+        flags = {**SHORT, "actor_ckpt_dir": toy / "hf", "actor_save_dir": tmp_path / "run", "reward_function": f"{toy / 'rewards.py'}:evens"}
+    else:
+        flags = {"ckpt_dir": toy / "hf", "save_dir": tmp_path / "run", "max_seq_len": 64, "max_steps": 2, "dtype": "fp32"}
+    flags |= {"train_file": toy / "prompts.json", "device": "cpu"}
+    (code, _, err), = run_ranks(1, _with_free_space, script, 1_200_000, flags)
+    said = re.search(r"no space to save in .*/run: ([\d.]+) GB needed", err)
+    assert code == 1 and said, err
+    assert not list((tmp_path / "run").rglob("step-*")) and not list((tmp_path / "run").rglob("epoch-*"))
+    code, _, err = run_script(1, script, **{key: value for key, value in flags.items() if key != "device"})[0]
+    assert code == 0, err
+    written = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.pth"))
+    assert 0.7 * written < float(said[1]) * 1e9 < written
 
 
 def test_a_policy_that_only_ends_is_scored_too_short(toy, tmp_path):
@@ -273,7 +328,8 @@ def test_a_policy_that_only_ends_is_scored_too_short(toy, tmp_path):
     ({"kl_coef": -0.5}, "--kl_coef -0.5"), ({"temperature": 0.0}, "--temperature 0.0"), ({"max_buffer_size": 9, "num_samples_per_prompt": 2}, "multiple"),
     ({"rule_weight": 0.0}, "no reward"), ({"reward_model_ckpt_dir": "HF"}, "has no value head"), ({"rule": "Z"}, "--rule"),
     ({"minibatch_size": 99}, "--minibatch_size 99"), ({"actor_lr": 0.0}, "--actor_lr 0.0 must be positive"), ({"max_iterations": 0}, "--max_iterations 0"),
-    ({"algorithm": "grpo", "critic_save_dir": "HF"}, "leave --critic_save_dir out"), ({"lora_rank": 0}, "--lora_rank 0"), ({"keep_resident": "perhaps"}, "--keep_resident"),
+    ({"algorithm": "grpo", "critic_save_dir": "HF"}, "leave --critic_save_dir out"), ({"lora_rank": 0}, "--lora_rank 0"), ({"lora_rank": 2, "lora_alpha": 0.0}, "--lora_alpha 0"),
+    ({"keep_resident": "perhaps"}, "--keep_resident"),
 ])
 def test_wrong_input_gets_a_sentence(flags, said, toy, tmp_path):
     flags = {key: toy / "hf" if value == "HF" else value for key, value in flags.items()}

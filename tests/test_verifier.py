@@ -469,6 +469,9 @@ def test_sample_label_verifier_choose(world_of_one, toy, split, tmp_path):  # no
     scored = [lines_of(tmp_path / name / "samples.jsonl") for name in ("tp", "dp", "one")]
     for a, b in zip(scored[0], scored[1]):
         assert a["response"] == b["response"] and abs(a["score"] - b["score"]) < 1e-4
+    # answers that took hours are not overwritten by a few of them
+    (code, _, err), = run_script(1, "solver_evaluate.py", samples_file=tmp_path / "one/samples.jsonl", verifier_ckpt_dir=tmp_path / "run", log_dir=tmp_path / "one", limit=2)
+    assert code == 1 and "would leave 2 problems of" in err and len(lines_of(tmp_path / "one/samples.jsonl")) == 80
     # what the script says is what its file of scores says
     best = [max((s for s in scored[2] if s["id"] == i), key=lambda s: s["score"])["correct"] for i in sorted({s["id"] for s in scored[2]})]
     assert results[2]["selection"]["ways"]["best of n"]["correct"] == sum(best)

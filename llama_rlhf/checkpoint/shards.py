@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -207,22 +208,16 @@ def save_model(model: Transformer, folder: str, *, companions: str, trainer=None
     trainer: its state goes along, one training.NN.pth per tensor-parallel rank (and replica, where they share it), for `load_training_state`:
     what has a parameter's shape under the parameter's native names, cut as the weights are; everything else as it is.
     """
-    config, wanted = model.config, native_tensors(model)
-    writes = groups.dp_rank() == 0
-    writes_state = trainer is not None and (writes or trainer.sharded)
-    entries = [(native, piece, parameter.detach()) for _, _, _, parameter, pieces in walk(model) for native, piece in pieces]
-    state = _native_state(model, trainer.state_tensors()) if writes_state else {}
-    n_bytes = (sum(piece_of(p, piece, owned=True).nbytes for _, piece, p in entries) if writes else 0) + sum(x.nbytes for x in state.values())
+    config, wanted, writes = model.config, native_tensors(model), groups.dp_rank() == 0
+    entries, state = _what_is_saved(model, trainer)
 
     def write(temporary: str) -> dict:
         result = _write_companions(temporary, config, companions) if groups.is_main() else {}
         if writes:
             name = f"consolidated.{groups.tp_rank():02d}.pth"
             with PthWriter(os.path.join(temporary, name)) as writer:
-                for native, piece, parameter in entries:
-                    x = embedding if native == "tok_embeddings.weight" and embedding is not None else \
-                        piece_of(parameter, piece, owned=True)
-                    writer.write(native, x.cpu())
+                for native, x in entries:
+                    writer.write(native, (embedding if native == "tok_embeddings.weight" and embedding is not None else x).cpu())
                 result |= {name: writer.close()}
         if state:
             name = _training_file(trainer, groups.tp_rank())
@@ -236,9 +231,31 @@ def save_model(model: Transformer, folder: str, *, companions: str, trainer=None
     if config.embedding_cut == "hidden" and groups.tp_size() > 1:
         embedding = _recut_embedding(model)
     store.publish(folder, write, _manifest(config, wanted, model.lora, groups.tp_size(), isinstance(model, ValueModel), more),
-                  n_bytes=n_bytes)
+                  n_bytes=_save_bytes(entries, state))
     if trainer is not None:
         trainer.last_save = folder
+
+
+def _what_is_saved(model: Transformer, trainer) -> tuple[list[tuple[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    """(native name, tensor) of the weights that this rank writes, and the trainer's state: replicas write once what they share."""
+    writes = groups.dp_rank() == 0
+    entries = [(native, piece_of(parameter.detach(), piece, owned=True)) for _, _, _, parameter, pieces in walk(model) for native, piece in pieces] if writes else []
+    return entries, _native_state(model, trainer.state_tensors()) if trainer is not None and (writes or trainer.sharded) else {}
+
+
+def _save_bytes(entries, state) -> int:
+    return sum(x.nbytes for _, x in entries) + sum(x.nbytes for x in state.values())
+
+
+def check_space(saves: dict[str, tuple[Transformer, Any]]) -> None:
+    """Collective. CheckpointError where there is no room for a save of each: folder -> (model, trainer). Better before the first step than after an epoch."""
+    sizes = groups.gather_objects([_save_bytes(*_what_is_saved(*save)) for save in saves.values()])
+    with groups.together("checking the space to save in"):
+        needed: Counter = Counter()
+        for folder, *of_ranks in zip(saves, *sizes):
+            needed[os.stat(folder).st_dev] += sum(of_ranks)
+        for folder in saves:
+            store.check_free_space(folder, needed[os.stat(folder).st_dev])
 
 
 def _native_state(model: Transformer, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -207,19 +208,20 @@ _HARMLESS = {"resume", "log_dir", "timeout_seconds", "save_steps", "keep_last", 
              "save_dir", "actor_save_dir", "critic_save_dir", "ckpt_dir", "actor_ckpt_dir", "critic_ckpt_dir", "reward_model_ckpt_dir"}
 
 
-def identity(arguments: dict, dtype, **started_from: str) -> dict:
-    """What must be the same for a run to be continued: flags, ranks, dtype, and the checkpoints that paths led to at the start."""
-    return {"arguments": dict(arguments), "tensor_parallel": groups.tp_size(), "data_parallel": groups.dp_size(), "dtype": str(dtype),
+def identity(arguments: dict, dtype, data: str, **started_from: str) -> dict:
+    """What must be the same for a run to be continued: flags, ranks, dtype, training data (`invariants.fingerprint`), and the checkpoints that paths
+    led to at the start."""
+    return {"arguments": dict(arguments), "tensor_parallel": groups.tp_size(), "data_parallel": groups.dp_size(), "dtype": str(dtype), "training data": data,
             "started_from": {role: os.path.abspath(path) if path else "" for role, path in started_from.items()}}
 
 
 def _differences(now: dict, before: dict | None) -> list[str]:
-    if not isinstance(before, dict) or now.keys() != before.keys():
+    if not isinstance(before, dict) or "arguments" not in before:
         return ["what it was is not recorded"]
     shown = lambda value: '""' if value == "" else value        # noqa: E731
     changed = [f"--{key} {shown(value)} (was {shown(before['arguments'].get(key))})" for key, value in now["arguments"].items()
                if key not in _HARMLESS and value != before["arguments"].get(key)]
-    return changed or [f"{key} {now[key]} (was {before[key]})" for key in now if key not in ("arguments", "tensor_parallel") and now[key] != before[key]]
+    return changed or [f"{key} {now[key]} (was {before[key]})" for key in now if key not in ("arguments", "tensor_parallel") and now[key] != before.get(key, now[key])]
 
 
 def find_start(save_dirs: list[str], run: dict, resume: str) -> tuple[list[str], dict]:
@@ -228,8 +230,9 @@ def find_start(save_dirs: list[str], run: dict, resume: str) -> tuple[list[str],
 
     run: `identity` of this run, to be that in the saves' manifests but for harmless flags.
     resume: "auto" continues a run of the same settings; "never" refuses folders that hold saves.
-    A damaged save is moved aside, and the one before it is taken; what one role saved just before the run died, and the other
-    did not, is removed: it will be computed again. So is what a killed run left half written. ValueError on every rank.
+    A damaged save is moved aside, and the one before it is taken. The folders are given in the reverse order of saving: what the last one alone has of the
+    step in which the run died is removed, it will be computed again; where folders differ otherwise they are not one run's, which is a ValueError on
+    every rank. What a killed run left half written is removed. Nothing else is.
     Another number of tensor-parallel ranks is no other run: weights and optimizer state are cut anew, and a note says what that costs.
     """
     if resume not in ("auto", "never"):
@@ -249,33 +252,63 @@ def find_start(save_dirs: list[str], run: dict, resume: str) -> tuple[list[str],
                                      "Give the same settings to continue it, or choose another folder.")
             step = max(set.intersection(*map(set, saves)), default=-1)
             paths = [found[step] for found in saves] if step >= 0 else []
-        damaged = None
-        for path in paths:
+            damaged = [path for folder, found in zip(save_dirs, saves) for path in (os.path.join(folder, name) for name in existing_saves(folder))
+                       if path not in found.values()]
+        for path in damaged:
+            groups.log(f"warning: {path} has no intact {MANIFEST}")
+        for path in paths if not damaged else ():
             try:
                 verify(path)
             except ValueError as error:
-                groups.log(f"warning: {error}\nmoved aside as {path}.corrupt; going back to the save before it")
-                damaged = path
+                groups.log(f"warning: {error}")
+                damaged = [path]
                 break
+        with groups.together("comparing the folders"):
+            leaves = {path: ".corrupt" for path in damaged} if damaged else _without_partner(save_dirs, saves, step)
+        for path, suffix in leaves.items():
+            if suffix:
+                groups.log(f"{path} is moved aside as {_aside(path, suffix)}; " + ("going on from what is whole, or from the start" if damaged else
+                                                                                    "what it was saved with is damaged, or the folders were moved"))
         with groups.together("clearing what will be computed again"):
             if groups.is_main():
-                if damaged:
-                    os.rename(damaged, damaged + ".corrupt")
-                else:
-                    for folder, found in zip(save_dirs, saves):
-                        for name in existing_saves(folder):
-                            path = os.path.join(folder, name)
-                            if path not in found.values() or any(path == found[s] and s > step for s in found):
-                                _remove(path)
-                        for name in os.listdir(folder):
-                            if name.startswith(".tmp-"):
-                                _delete(os.path.join(folder, name))
+                for path, suffix in leaves.items():
+                    os.rename(path, _aside(path, suffix)) if suffix else _remove(path)
+                for folder in save_dirs if not damaged else ():
+                    for name in os.listdir(folder):
+                        if name.startswith(".tmp-"):
+                            _delete(os.path.join(folder, name))
         if not damaged:
             before = _brief(paths[0]).get("run", {}).get("identity", {}).get("tensor_parallel") if paths else None
             if before not in (None, run["tensor_parallel"]):
                 groups.log(f"note: {paths[0]} was saved by {before} tensor-parallel ranks, here are {run['tensor_parallel']}. The run continues from the same weights "
                            "and optimizer state, but its sums are rounded in another order: not to the bits of an undisturbed run.")
             return (paths, _brief(paths[0])) if paths else ([""] * len(save_dirs), {})
+
+
+def _without_partner(save_dirs: list[str], saves: list[dict[int, str]], step: int) -> dict[str, str]:
+    """The saves behind `step`, the last that all folders have: path -> what its name gets when it is moved aside; "": it may go. ValueError where they
+    tell that the folders are not one run's."""
+    found = {}
+    for folder, held in zip(save_dirs, saves):
+        later = sorted(s for s in held if s > step)
+        for path in (held[s] for s in later):
+            name, folders = os.path.basename(path), _brief(path).get("run", {}).get("folders", [])
+            if any(os.path.lexists(os.path.join(other, f"{name}.corrupt")) for other in save_dirs):
+                found[path] = ".alone"
+                continue
+            died_here, moved = folder == save_dirs[-1] and len(later) == 1, folders != save_dirs
+            if not died_here or moved and step < 0:
+                raise ValueError(f"{folder} holds {name}, but {next(other for other, those in zip(save_dirs, saves) if later[-1] not in those)} does not"
+                                 + (f"; the run that made it saved to {' and '.join(folders)}" if folders and moved else "")
+                                 + ". Give the folders of one run to continue it, or choose new ones.")
+            found[path] = ".alone" if moved else ""
+    return found
+
+
+def _aside(path: str, suffix: str) -> str:
+    """A free name for a save that is not used any more."""
+    names = itertools.chain([path + suffix], (f"{path}{suffix}-{n}" for n in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _brief(path: str) -> dict:

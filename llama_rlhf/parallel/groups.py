@@ -38,8 +38,8 @@ def initialize(model_parallel_size: int = -1, *, timeout_seconds: float = 600.0,
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"--device {device}: use auto, cpu or cuda")
-    if timeout_seconds <= 0:
-        raise ValueError(f"--timeout_seconds {timeout_seconds:g}: must be positive, such as 600")
+    if not 0 < timeout_seconds <= 1e8:
+        raise ValueError(f"--timeout_seconds {timeout_seconds:g}: must be positive, such as 600, and at most three years, 1e8")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no CUDA device. Use --device cpu, or install a CUDA build of torch.")
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())

@@ -10,6 +10,7 @@ All layers are built on the meta device and hold only this rank's part: no full 
 from __future__ import annotations
 
 import contextlib
+import math
 import platform
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,15 @@ class Lora:
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+
+def lora_of(rank: int, alpha: float) -> Lora | None:
+    """What --lora_rank and --lora_alpha ask for; None: all weights are trained."""
+    if rank == 0 or rank < -1:
+        raise ValueError(f"--lora_rank {rank}: use -1 to train all weights, or a rank such as 16")
+    if rank > 0 and not 0 < alpha < math.inf:
+        raise ValueError(f"--lora_alpha {alpha:g} must be more than 0: adapters are scaled by lora_alpha / lora_rank")
+    return Lora(rank, alpha) if rank > 0 else None
 
 
 def replicated(name: str, shape: tuple[int, ...], rows: Range | None = None, partial: bool = False) -> Piece:
