@@ -47,9 +47,10 @@ def test_attention(window, dtype, tolerance):
 
 
 def steps(device, folder, lora):
-    """Losses and norms of three optimizer steps in fp32, and samples after them, of 2 and 30 rows at once, with recorded decode steps too on a GPU."""
+    """Losses and norms of three optimizer steps in fp32, and samples after them: 2 and 30 rows at once, with recorded decode steps too on a GPU; and
+    where the token that all prompts begin with is computed once."""
     from llama_rlhf.checkpoint.shards import load_model
-    from llama_rlhf.generation import generate
+    from llama_rlhf import generation
     from llama_rlhf.parallel import groups
     from llama_rlhf.parallel.layers import Lora
     from llama_rlhf.sampling import Sampling
@@ -60,20 +61,22 @@ def steps(device, folder, lora):
     rows = [[1, *range(20, 20 + n)] for n in (9, 30, 17)]
     found = [trainer.step([rows], lambda batch: -response_logprobs(model, batch, [3] * len(batch)).sum(), lambda batch: sum(len(row) - 3 for row in batch)) for _ in range(3)]
     options = dict(eos_ids=(2, 5, 9), max_new_tokens=60, n_samples=12, sampling=Sampling(temperature=1.0))
-    tokens = [[[c.tokens for c in row] for row in generate(model, PROMPTS, cuda_graphs=graphs, max_batch_size=rows, **options)]
-              for graphs in (("never", "always") if device == "cuda" else ("never",)) for rows in (2, 30)]
+    tokens = []
+    for graphs, n, saves in [(graphs, n, 256) for graphs in (("never", "always") if device == "cuda" else ("never",)) for n in (2, 30)] + [("never", 30, 1)]:
+        generation._PREFIX_SAVES = saves
+        tokens.append([[c.tokens for c in row] for row in generation.generate(model, PROMPTS, cuda_graphs=graphs, max_batch_size=n, **options)])
     groups.shutdown()
     return [(step.loss, step.grad_norm) for step in found], tokens
 
 
 @pytest.mark.parametrize("lora", [None, (4, 8.0)])
 def test_training_and_generation(toy, lora):
-    (wanted, (tokens, again)), = run_ranks(1, steps, "cpu", str(toy / "hf"), lora)
+    (wanted, (tokens, *again)), = run_ranks(1, steps, "cpu", str(toy / "hf"), lora)
     (found, all_ways), = run_ranks(1, steps, "cuda", str(toy / "hf"), lora, gpus=True)
     for a, b in zip(found, wanted):
         assert a == pytest.approx(b, rel=1e-4)
     assert len({len(row) for rows in tokens for row in rows}) > 5, "rows end at different times"
-    assert again == tokens and all_ways == [tokens] * 4, "plain and recorded steps, 2 and 30 rows at once"
+    assert again == [tokens] * 2 and all_ways == [tokens] * 5, "plain and recorded steps, 2 and 30 rows at once, the first token shared"
 
 
 @pytest.mark.parametrize("n", [1, 2])
