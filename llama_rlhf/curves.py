@@ -120,7 +120,7 @@ def _finish(axes, unit: str, below: str) -> None:
 
 
 def curves_of(runs: list[Run]) -> list[tuple[str, list[Run], list]]:
-    """(script, its runs, [(title, function that draws on axes)]) for every training script. Runs to be told apart get a colour each."""
+    """(script, its runs, [(title, function that draws on axes)]) for every training script that recorded something. Runs to be told apart get a colour each."""
     found = []
     for script in dict.fromkeys(run.script for run in runs if run.script != "solver_evaluate.py"):
         own = [run for run in runs if run.script == script]
@@ -132,7 +132,8 @@ def curves_of(runs: list[Run]) -> list[tuple[str, list[Run], list]]:
             curves.append(("Right, by predicted probability", partial(draw_calibration, runs=own)))
         for place, run in enumerate(own):
             run.colour = COLOURS[place % len(COLOURS)]
-        found.append((script, own, curves))
+        if curves:
+            found.append((script, own, curves))
     return found
 
 

@@ -164,7 +164,7 @@ def show_selection(metrics: dict) -> str:
 def reference_loss(model: CausalLM, tokenizer, problems, prompts: list[list[int]], max_seq_len: int, *, max_tokens: int = 4096) -> dict:
     """Collective. Mean loss (nats per token, end token included) and perplexity of the reference solutions given their prompts.
 
-    exp(total loss / total tokens) over all problems and replicas; solutions are cut at max_seq_len, problems without one left out.
+    exp(total loss / total tokens) over all problems and replicas; solutions are cut at max_seq_len, problems without one left out. {} where none has one.
     """
     mine = [i for i in range(groups.dp_rank(), len(problems), groups.dp_size()) if problems[i].solution]
     rows = [(prompts[i] + tokenizer.encode(problems[i].solution, eos=True))[:max_seq_len] for i in mine]
@@ -174,7 +174,10 @@ def reference_loss(model: CausalLM, tokenizer, problems, prompts: list[list[int]
         loss, n_tokens = loss - float(logprobs.sum(dtype=torch.float64)), n_tokens + len(logprobs)
     parts = [part for part, tp_rank in groups.gather_objects(((loss, n_tokens), groups.tp_rank())) if tp_rank == 0]
     loss, n_tokens = sum(part[0] for part in parts), sum(part[1] for part in parts)
-    mean = loss / n_tokens if n_tokens else float("nan")
+    if not n_tokens:
+        groups.log("note: --perplexity: no problem has a reference solution, so there is nothing to measure")
+        return {}
+    mean = loss / n_tokens
     return {"reference_loss": mean, "reference_perplexity": math.exp(min(mean, 700.0)), "reference_tokens": n_tokens}
 
 

@@ -25,7 +25,7 @@ from llama_rlhf.parallel import groups
 from llama_rlhf.parallel.gradients import BUCKET_BYTES, BUCKETS_TRAVELLING
 from llama_rlhf.parallel.layers import Lora, bytes_held, walk
 from llama_rlhf.sampling import Sampling, choose
-from llama_rlhf.trainer import _BUCKET, Trainer, response_logprobs, response_values
+from llama_rlhf.trainer import _BUCKET, Trainer, largest_share, response_logprobs, response_values
 
 KINDS = ("weights", "weight copies", "optimizer", "gradients", "activations", "logits", "KV cache")
 _PHASES = ("forward", "loss", "last block", "first block")      # of a training step, in order
@@ -138,6 +138,9 @@ def passes(config: ModelConfig, rows: list[tuple[int, int]], *, model_class=Caus
         return found
 
     found = _over_layers(config, numbers, recompute_period(recompute) or 1)
+    if trains and zero and groups.dp_size() > 1:        # whole parameters are shared out: no sum over layers
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            found["optimizer"] = largest_share(_model(model_class, config, lora, dtype, True), precision)
     found["peak"] = max(found[phase] for phase in (*_PHASES, "update"))
     return found
 

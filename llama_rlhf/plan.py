@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import torch
 
+from llama_rlhf import cli
 from llama_rlhf.advantages import named
 from llama_rlhf.checkpoint import store
 from llama_rlhf.checkpoint.convert import load_config
@@ -108,6 +109,10 @@ def _layout(flags: dict, config: ModelConfig | None):
         if not f.model_type:
             raise ValueError("--plan needs --model_type, such as llama-2-7b, or a checkpoint folder to read the sizes from")
         config = preset(f.model_type)
+    counts = ("max_seq_len", "max_new_tokens", "eval_batch_size", "accumulation_steps", "num_samples_per_prompt", "max_buffer_size", "rollout_batch_size")
+    cli.check_range(1, **{name: flags[name] for name in counts if flags.get(name, -1) != -1})
+    if getattr(f, "max_seq_len", -1) > config.max_seq_len:
+        raise ValueError(f"--max_seq_len {f.max_seq_len} is more than the model's {config.max_seq_len}")
     ranks = f.plan_ranks if f.plan and f.plan_ranks != -1 else max(int(os.environ.get("WORLD_SIZE", 1)), f.model_parallel_size)
     tp = ranks if f.model_parallel_size == -1 else f.model_parallel_size
     if tp < 1 or ranks < 1 or ranks % tp:
@@ -168,6 +173,9 @@ def plan_training(flags: dict, *, config: ModelConfig | None = None, rows: list[
 def plan_evaluation(flags: dict, *, config: ModelConfig | None = None, prompts: Sequence[int] = ()) -> Plan:
     """Of solver_evaluate: the solver, then a verifier of the same size. prompts: their lengths."""
     with _layout(flags, config) as (f, config, options, title):
+        cli.check_range(1, max_batch_size=f.max_batch_size)
+        if f.samples_file and not f.verifier_ckpt_dir:
+            raise ValueError("--samples_file needs --verifier_ckpt_dir: a reward model to choose among the answers")
         whole = min(config.max_seq_len, f.max_seq_len if f.max_seq_len != -1 else max(prompts, default=f.max_new_tokens) + f.max_new_tokens)
         prompt = max(prompts, default=max(1, whole - f.max_new_tokens))
         slots = min(f.max_batch_size, -(-len(prompts) * f.num_samples_per_prompt // groups.dp_size()) or f.max_batch_size)

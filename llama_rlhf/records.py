@@ -219,12 +219,12 @@ def prompt_of(record, where, *, own=False):
     if name is None:
         raise ValueError(f"{where}: no prompt (keys: {keys_of(record)}). Expected {expected()}")
     if isinstance(record[name], list):
-        return _checked(record[name], name, where)
+        return _with_system(_checked(record[name], name, where), record, where)
     text = text_field(record, name, where)
     if name == "instruction" and record.get("input"):
         text = f"{text}\n{text_field(record, 'input', where)}"
-    system = next((name for name in ("system", "system_prompt") if record.get(name)), None)
-    return [{"role": "system", "content": text_field(record, system, where)}, {"role": "user", "content": text}] if system else text
+    messages = _with_system([{"role": "user", "content": text}], record, where)
+    return messages if len(messages) > 1 else text
 
 
 def turns_of(record, where):
@@ -260,13 +260,21 @@ def is_empty(prompt):
 def messages_of(record, where):
     """The chat messages of a record, {"role", "content"} each, or None. "conversations" of {"from", "value"} are understood too."""
     if "messages" in record:
-        return _checked(record["messages"], "messages", where)
+        return _with_system(_checked(record["messages"], "messages", where), record, where)
     if "conversations" in record:
         turns, roles = record["conversations"], {"human": "user", "gpt": "assistant"}
         if isinstance(turns, list) and all(isinstance(turn, dict) and "from" in turn for turn in turns):
             turns = [{"role": roles.get(str(turn["from"]), turn["from"]), "content": turn.get("value")} for turn in turns]
-        return _checked(turns, "conversations", where)
+        return _with_system(_checked(turns, "conversations", where), record, where)
     return None
+
+
+def _with_system(messages, record, where):
+    """The messages behind the record's own system prompt, where it has one and they do not begin with another."""
+    system = next((name for name in ("system", "system_prompt") if record.get(name)), None)
+    if system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": text_field(record, system, where)}, *messages]
 
 
 def _checked(messages, name, where):
@@ -281,7 +289,7 @@ def preference_of(record, where):
     sides = [_side(record, name, where) for name in ("chosen", "rejected")]
     if sides[0][0] != sides[1][0]:
         raise ValueError(f'{where}: "chosen" and "rejected" must be conversations that differ in the last turn only, or both be answers')
-    prompt = sides[0][0] or prompt_of(record, where, own=True)
+    prompt = _with_system(sides[0][0], record, where) if sides[0][0] else prompt_of(record, where, own=True)
     return prompt, sides[0][1], sides[1][1]
 
 

@@ -77,6 +77,13 @@ def progress_line(total: int, unit: str):
     return tqdm(total=total, unit=unit, file=sys.stderr if moves else _Lines(sys.stderr), mininterval=0.3 if moves else 10.0, dynamic_ncols=moves)
 
 
+def _drop_torn_line(path: str) -> None:
+    """What a run that was cut off in the middle of a line left of it: the next would be written on."""
+    with open(path, "rb+") as file:
+        lines = file.read()
+        file.truncate(lines.rfind(b"\n") + 1)
+
+
 class RunLog:
     """Rank 0 writes; the other ranks call the same methods, which do nothing there.
 
@@ -96,6 +103,7 @@ class RunLog:
                 json.dump({"script": os.path.basename(sys.argv[0]), "arguments": cli.resolved, "given": cli.given, "started": self.started,
                            "environment": environment()}, file, indent=1)
             self._metrics = open(os.path.join(log_dir, "metrics.jsonl"), "a")
+            _drop_torn_line(self._metrics.name)
         self._tracker = None if tracker == "none" else open_tracker(tracker, log_dir)
         self._bar = progress_line(total, unit)
 

@@ -7,6 +7,7 @@ micro-batches and ranks gives the same gradient.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -126,7 +127,7 @@ class Trainer:
     @property
     def state_bytes(self) -> int:
         """Of moments, masters and compensation on this rank."""
-        return sum(8 * p.numel() + (0 if master is p else 2 * p.numel() if p in self._rest else 4 * p.numel()) for _, p, master in self.own)
+        return sum(_state_bytes(p, "kahan" if p in self._rest else "master") for _, p, _ in self.own)
 
     def counters(self) -> dict:
         """For the log: steps skipped so far and, in an fp16 model, the loss scale."""
@@ -186,15 +187,18 @@ class Trainer:
 
     def _update(self, lr: float, factor: float) -> None:
         """One AdamW step on the gradients times factor."""
+        gradients = {p: self.gradient_of(p) for _, p, _ in self.own}
         if factor != 1.0:
-            torch._foreach_mul_([grad for _, p, _ in self.own if (grad := self.gradient_of(p)) is not None], factor)
+            torch._foreach_mul_([grad for grad in gradients.values() if grad is not None], factor)
+        for p in gradients:
+            p.grad = None       # of an fp32 parameter, which is its own master: it must be stepped with its bucket only
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         for bucket in self._buckets():
             for _, p, master in bucket:
                 if p in self._rest:
                     master.data = _joined(p, self._rest[p])
-                master.grad = self.gradient_of(p)
+                master.grad = gradients[p]
             self.optimizer.step()           # of those that have a gradient: the bucket
             with torch.no_grad():
                 for _, p, master in bucket:
@@ -298,6 +302,19 @@ def _shares(model, names: list[str]) -> list[int]:
         owner[name] = loads.index(min(loads))
         loads[owner[name]] += size[name]
     return [owner[name] for name in names]
+
+
+def _state_bytes(p: torch.Tensor, precision: str) -> int:
+    return (8 + (0 if p.dtype == torch.float32 else {"master": 4, "kahan": 2}[precision])) * p.numel()
+
+
+def largest_share(model, precision: str) -> int:
+    """Bytes of optimizer state on the replica that gets most of it with `zero`."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    loads: Counter = Counter()
+    for (_, p), owner in zip(named, _shares(model, [name for name, _ in named])):
+        loads[owner] += _state_bytes(p, precision)
+    return max(loads.values())
 
 
 def _joined(p: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:

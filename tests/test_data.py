@@ -181,6 +181,12 @@ def test_a_system_field_comes_before_the_prompt_with_and_without_template(tokeni
     for options, text in (({}, "S\nx\n"), ({"use_chat_template": True, "system_prompt": "not this"}, "s:S;u:x;a:")):
         (example,) = sft_examples([record], tokenizer, max_seq_len=99, **options)
         assert example.tokens[: example.prompt_len] == [BOS, *ids(text)]
+    user, answer, system = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, {"role": "system", "content": "S"}
+    for given in ({"messages": [user, answer]}, {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}, {"prompt": [user], "completion": "y"}):
+        for name in ("system", "system_prompt"):
+            assert prompt_of({**given, name: "S"}, "") == [system, user] and turns_of({**given, name: "S"}, "") == [([system, user], "y")]
+    assert prompt_of({"messages": [{**system, "content": "own"}, user, answer], "system": "S"}, "")[0]["content"] == "own"
+    assert preference_of({"chosen": [user, answer], "rejected": [user, user | answer | {"content": "z"}], "system": "S"}, "")[0] == [system, user]
     one_turn = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
     assert sft_examples([one_turn], tokenizer, max_seq_len=99) == sft_examples([{"query": "x", "response": "y"}], tokenizer, max_seq_len=99)
 

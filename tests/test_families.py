@@ -257,6 +257,34 @@ def test_foreign_and_missing_tensors_are_named(world_of_one, tmp_path):
         view_of(tmp_path)
 
 
+def test_a_head_that_differs_from_the_embedding_is_used_although_the_config_ties_them(world_of_one, tmp_path):
+    """As transformers 5 does. An exporter that saved the tied head again leaves them one."""
+    from llama_rlhf.checkpoint.convert import load_config
+    from llama_rlhf.checkpoint.formats import open_checkpoint
+    from llama_rlhf.checkpoint.shards import load_model
+    from safetensors.torch import load_file, save_file
+    make_hf(tmp_path, "llama-tied-scaled")
+    tensors = load_file(tmp_path / "model.safetensors")
+    for head, tied in ((tensors["model.embed_tokens.weight"].clone(), True), (torch.randn_like(tensors["model.embed_tokens.weight"]), False)):
+        save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with open_checkpoint(str(tmp_path)) as checkpoint:
+            config, notes = load_config(checkpoint)
+        assert config.tie_embeddings == tied and len(notes) == (not tied)
+        assert torch.equal(load_model(str(tmp_path)).head_weight, head)
+
+
+def test_linear_rotary_scaling_of_gguf_files_in_both_spellings():
+    from llama_rlhf.models import config_from_gguf
+    header = {"general.architecture": "llama", **{f"llama.{key}": value for key, value in {
+        "embedding_length": 64, "block_count": 1, "attention.head_count": 4, "feed_forward_length": 96, "attention.layer_norm_rms_epsilon": 1e-5, "context_length": 99}.items()}}
+    for keys, factor in (({}, None), ({"scale_linear": 8.0}, 8.0), ({"scaling.factor": 4.0}, 4.0), ({"scaling.type": "linear", "scaling.factor": 4.0}, 4.0),
+                         ({"scaling.type": "none", "scaling.factor": 4.0}, None), ({"scaling.factor": 1.0}, None)):
+        config = config_from_gguf({**header, **{f"llama.rope.{key}": value for key, value in keys.items()}}, 50, True)
+        assert config.rope_scaling == (factor and {"rope_type": "linear", "factor": factor})
+    with pytest.raises(ValueError, match="rope scaling 'yarn' is not supported"):
+        config_from_gguf({**header, "llama.rope.scaling.type": "yarn"}, 50, True)
+
+
 BASE = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 50}
 MOE = {"model_type": "qwen3_moe", "moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 2, **BASE}
 LINEAR = {"rope_type": "linear", "factor": 2.0}
@@ -274,6 +302,8 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
     ({"model_type": "qwen2", **BASE, "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3},
      {"sliding_window": 8, "window_first_layer": 3}),
     ({"model_type": "qwen2", **BASE, "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 4}, {"sliding_window": None}),
+    ({"model_type": "qwen2", **BASE, "sliding_window": 8, "use_sliding_window": True}, {"sliding_window": None}),       # its default is from layer 28 on
+    ({"model_type": "qwen2", **BASE, "num_hidden_layers": 30, "use_sliding_window": True}, {"sliding_window": 4096, "window_first_layer": 28}),
     ({"model_type": "qwen3", **BASE}, {"head_dim": 128, "qk_norm": True}),
     (MOE, {"ffn_dim": 24, "normalise_routing": False, "fp32_routing": False, "head_dim": 16, "qk_norm": True}),
     ({**MOE, "norm_topk_prob": True, "head_dim": 128}, {"normalise_routing": True, "head_dim": 128}),

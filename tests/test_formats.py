@@ -710,6 +710,7 @@ def test_a_full_disk_or_a_wrong_place_is_an_error_that_names_the_path(tmp_path):
 
 tokenizers = pytest.importorskip("tokenizers")
 from llama_rlhf.checkpoint.gguf_tokenizer import write_tokenizer_files  # noqa: E402
+from llama_rlhf.checkpoint.shards import copy_companions  # noqa: E402
 
 BYTES = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 
@@ -806,6 +807,9 @@ def test_sentencepiece_vocabulary_gives_the_ids_of_sentencepiece(tmp_path):
                scores=[float(model.get_score(i)) for i in range(n)], token_type=kinds,
                bos_token_id=1, eos_token_id=2, unknown_token_id=0)  # fmt: skip
     write_tokenizer_files(tmp_path / "t.gguf", tmp_path / "out")
+    (tmp_path / "taken").mkdir()
+    copied = copy_companions(str(tmp_path), str(tmp_path / "taken"))       # the only GGUF file of a folder without a tokenizer, which load_tokenizer takes too
+    assert "tokenizer.json" in copied and (tmp_path / "taken/tokenizer.json").read_bytes() == (tmp_path / "out/tokenizer.json").read_bytes()
     tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     texts = ["the cat", " the  theatre on\nthe mat", "café 漢字 🙂", "x  12345", "\ttabs", "thethe", "▁", "mat" * 50]
     for text in texts:

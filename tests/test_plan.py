@@ -93,6 +93,19 @@ def test_70b_on_a_laptop():
     assert code == 1 and "--model_parallel_size 8 does not divide the 12 ranks" in err
 
 
+@pytest.mark.parametrize("precision,each", [("master", 12), ("kahan", 10)])
+def test_optimizer_state_shared_among_many_replicas_is_that_of_the_largest_share(precision, each):
+    """7B on 8 replicas: an eighth of it and a little, as whole parameters are shared out. (From two and three layers it looked like the embedding alone.)"""
+    from llama_rlhf.models import preset
+    for replicas in (8, 64):
+        (code, out, err), = run_script(1, "solver_train.py", model_type="llama-2-7b", plan=True, plan_ranks=replicas, model_parallel_size=1, zero=1, dtype="bf16",
+                                       device="cpu", optimizer_precision=precision)
+        assert code == 0, err
+        planned = float(next(line for line in out.splitlines() if line.startswith("solver")).split()[3])
+        share = each * preset("llama-2-7b").n_parameters / replicas / 1e9
+        assert share - 0.001 <= planned <= share + each * 32000 * 4096 / 1e9
+
+
 def test_roles_share_a_base_only_with_adapters():
     flags = dict(model_type="smollm2-135m", plan=True, reward_model_ckpt_dir="any", dtype="bf16", max_new_tokens=16)
     totals = {}

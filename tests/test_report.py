@@ -152,6 +152,24 @@ def test_what_a_continued_run_has_superseded_does_not_count(tmp_path, world_of_o
         report.read_run(str(tmp_path), "")
 
 
+def test_a_line_that_was_cut_off_is_not_written_on(tmp_path, world_of_one):
+    """A full disk, a power cut: what remains of the line goes, the records before it still count."""
+    for step in (10, 20):
+        RunLog(str(tmp_path), total=30).record("train", step=step, loss=1.0)
+    os.truncate(tmp_path / "metrics.jsonl", (tmp_path / "metrics.jsonl").stat().st_size - 30)
+    log = RunLog(str(tmp_path), total=30)
+    log.resumed(10)
+    log.record("train", step=20, loss=2.0)
+    assert [(r["step"], r["loss"]) for r in report.read_run(str(tmp_path), "run").of("train")] == [(10, 1.0), (20, 2.0)]
+
+
+def test_a_run_that_has_recorded_nothing_yet_has_a_page(tmp_path):
+    for records in ([], [{"kind": "resumed", "step": 3}]):
+        out = report.write([str(write_run(tmp_path / str(len(records)), "solver_train.py", records))], str(tmp_path / "page.html"))
+        with open(out) as file:
+            assert "solver_train.py" in file.read()
+
+
 def test_small_things():
     assert thin([(n, 2.0 * n) for n in range(10)], 4) == ((1, 4, 7, 9), (2.0, 8.0, 14.0, 18.0)) and thin([], 4) == ((), ())
     assert report.names_of(["/runs/a/ppo/log", "/runs/a/grpo"]) == ["ppo", "grpo"] and report.names_of(["/runs/x/log", "/runs/b/x"]) == ["x", "b/x"]

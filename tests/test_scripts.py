@@ -107,6 +107,9 @@ def test_reference_perplexity_equals_transformers(toy, split, tmp_path):
     assert metrics["reference_tokens"] == len(losses)
     assert abs(metrics["reference_loss"] - losses.mean().item()) < 1e-5
     assert abs(metrics["reference_perplexity"] / losses.mean().exp().item() - 1) < 1e-5
+    (tmp_path / "labels.json").write_text(json.dumps([{"instruction": "1+1?", "label": "2"}]))
+    (code, out, err), = run_script(1, "solver_evaluate.py", ckpt_dir=split, log_dir=tmp_path / "none", label_file=tmp_path / "labels.json", dtype="fp32", max_new_tokens=4, perplexity=True)
+    assert code == 0 and "no problem has a reference solution" in out and "reference_loss" not in json.loads((tmp_path / "none/metrics.json").read_text()), err
 
 
 def test_data_parallel_ranks_share_the_problems(toy, split, tmp_path):

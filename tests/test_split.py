@@ -393,6 +393,14 @@ def run_cases(cases):
     return results
 
 
+def test_a_link_to_an_empty_folder_is_filled(tmp_path):
+    make_hf(tmp_path / "hf", "llama-9-3")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert run_script(1, "checkpoint_split.py", ckpt_file=tmp_path / "hf", save_path=tmp_path / "link", n=2)[0][0] == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real/consolidated.01.pth").exists()
+
+
 def test_bad_input_is_one_sentence_a_failing_exit_code_and_nothing_left_behind(tmp_path):
     """Every case in one process; `watched` is the folder in which the target and its temporary would appear."""
     out = tmp_path / "out"
@@ -423,6 +431,10 @@ def test_bad_input_is_one_sentence_a_failing_exit_code_and_nothing_left_behind(t
         byte = file.read(1)[0]
         file.seek(2000)
         file.write(bytes([byte ^ 1]))
+    shutil.copytree(tmp_path / "n3", tmp_path / "uneven")
+    other = torch.load(tmp_path / "uneven/consolidated.01.pth", weights_only=True)
+    torch.save({name: x[:, :-1] if name.endswith("wq.weight") else x for name, x in other.items()}, tmp_path / "uneven/consolidated.01.pth")
+    os.remove(tmp_path / "uneven" / "manifest.json")
     os.remove(tmp_path / "mixed" / "manifest.json")
     os.remove(tmp_path / "mixed" / "consolidated.02.pth")      # numbered without a hole, but a third of the model is missing
 
@@ -437,9 +449,12 @@ def test_bad_input_is_one_sentence_a_failing_exit_code_and_nothing_left_behind(t
         case("cut short or damaged", "short"),
         case("is corrupt: its SHA-256", "flipped"),
         case("A shard is missing", "mixed"),
+        case("consolidated.01.pth: layers.0.attention.wq.weight is", "uneven"),
         case("one of 3 files", "n3/consolidated.00.pth"),
         case("cut short", "cut"),
         case("is a PEFT adapter", "peft"),
+        case("is a mount point", target="/proc"),
+        case("--tokenizer_file nowhere.gguf does not exist", tokenizer_file="nowhere.gguf"),
         case("exists and is not empty", target="taken"),
         case("is a file", target="file"),
         case("not a folder", target="file/below"),

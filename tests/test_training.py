@@ -208,6 +208,27 @@ def test_low_precision_training_follows_fp32(dtype, precision, world_of_one):
     assert (weights[dtype] - weights[torch.float32]).abs().max() < 1e-6
 
 
+def test_an_fp32_head_beside_compensated_weights_takes_one_step_per_step(world_of_one, tmp_path, monkeypatch):
+    """The weights of a large model are updated part by part; the head, which needs no compensation, with the last of them only."""
+    from llama_rlhf import trainer as module
+    from llama_rlhf.checkpoint.shards import load_model
+    from llama_rlhf.models.transformer import ValueModel
+    make_hf(tmp_path, "llama-9-3")
+    monkeypatch.setattr(module, "_BUCKET", 5000)
+    moved = []
+    for precision in ("master", "kahan"):
+        model = load_model(str(tmp_path), ValueModel, dtype=torch.bfloat16)
+        head, trainer = model.value_head.weight, module.Trainer(model, lr=1e-3, total_steps=9, schedule="constant", precision=precision)
+        before = head.detach().clone()
+        for _ in range(2):
+            trainer.step([0], lambda _: module.final_scores(model, [[3, 4, 5], [6, 7]]).sum(), lambda _: 1)
+        assert precision == "master" or len(trainer._buckets()) > 3
+        assert {key: value.item() for key, value in trainer.state_tensors().items() if key.endswith("step")} == \
+            {f"{name}.step": 2.0 for name, _, _ in trainer.own} and head.grad is None
+        moved.append(head.detach() - before)
+    assert torch.allclose(*moved, atol=2e-5) and moved[0].abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("n,tp", [(1, 1), (2, 2), (3, 3)])
 def test_compensated_weights_are_those_of_master_copies(n, tp, tmp_path):
     """bf16, kv heads on several ranks at 2 and 3: equal but for fp32's last place in exact ties."""

@@ -94,7 +94,7 @@ def load_config(checkpoint: Checkpoint, model_type: str = "") -> tuple[ModelConf
 
 
 def _load_config(checkpoint, model_type, named):
-    manifest = read_manifest(checkpoint.folder) if checkpoint.kind == "shards" else None
+    manifest, notes = read_manifest(checkpoint.folder) if checkpoint.kind == "shards" else None, []
     if manifest:
         config = ModelConfig.from_dict(manifest["config"])
     elif checkpoint.kind == "gguf":
@@ -104,12 +104,17 @@ def _load_config(checkpoint, model_type, named):
             config = _scaled_as(config, checkpoint.read("rope_freqs.weight"), checkpoint.path)
     elif "model_type" in checkpoint.config:
         config = config_from_hf(checkpoint.config)
+        if config.tie_embeddings and _has_head_of_its_own(checkpoint, config.family):
+            config = replace(config, tie_embeddings=False)
+            notes.append("the config ties head and embedding, but the file holds two different ones: both are used")
     elif checkpoint.config:
         config = config_from_params(checkpoint.config, _vocab_size(checkpoint))
         if config.family == "llama" and config.rope_scaling:        # from 3.1 on; params.json does not say
             config = replace(config, tie_embeddings=_holds_one_matrix(checkpoint))
     elif named:
         return named, []
+    elif os.path.exists(os.path.join(checkpoint.folder, "adapter_config.json")):
+        raise CheckpointError(f"{checkpoint.path} is a PEFT adapter. Put it on its base model: checkpoint_split.py --ckpt_file BASE --adapter {checkpoint.folder}")
     else:
         raise CheckpointError(f"{checkpoint.path}: no config.json or params.json beside the weights. "
                               "Put one there, or name the model with --model_type.")
@@ -119,10 +124,18 @@ def _load_config(checkpoint, model_type, named):
     if config.n_parameters > 2 * held:      # twice: a value model is saved without a head. Said before a model of a billion layers is laid out
         raise CheckpointError(f"{checkpoint.path}: the config asks for {config.n_parameters} parameters, the files hold {held}. "
                               "A file is missing, or the config is another model's.")
-    notes = []
     if named and (differing := disagreements(config, named)):
         notes.append(f"--model_type {model_type} differs from the checkpoint, whose own numbers are used: " + "; ".join(differing))
     return config, notes
+
+
+def _has_head_of_its_own(checkpoint: Checkpoint, family: str) -> bool:
+    """Whether head and embedding both stand in the file and differ. (Some exporters save the tied head again.)"""
+    names = [name if name in checkpoint.infos else name.partition(".")[2] for name in (FAMILIES[family].hf[n].name for n in ("tok_embeddings.weight", "output.weight"))]
+    if any(name not in checkpoint.infos for name in names):
+        return False
+    rows, n = [checkpoint.infos[name].shape for name in names], 4096
+    return rows[0] != rows[1] or not all(torch.equal(*(checkpoint.read(name, 0, start, min(start + n, rows[0][0])) for name in names)) for start in range(0, rows[0][0], n))
 
 
 def _scaled_as(config: ModelConfig, factors: torch.Tensor, path: str) -> ModelConfig:
@@ -229,8 +242,11 @@ class NativeView:
             if absent := [file.path for file in checkpoint.files if native not in file.infos]:
                 raise CheckpointError(f"{absent[0]}: lacks {native}, which consolidated.00.pth has: the shards do not belong together")
             shapes = [list(file.infos[native].shape) for file in checkpoint.files]
-            found, expected = shapes[0], list(piece.shape)
-            if (cut := self._cut(native)) is not None:
+            found, expected, cut = shapes[0], list(piece.shape), self._cut(native)
+            for file, shape in zip(checkpoint.files, shapes):
+                if len(checkpoint.files) > 1 and [n for i, n in enumerate(shape) if i != cut] != [n for i, n in enumerate(shapes[0]) if i != cut]:
+                    raise CheckpointError(f"{file.path}: {native} is {shape}, in consolidated.00.pth {shapes[0]}: the shards do not belong together")
+            if cut is not None:
                 found = [*shapes[0][:cut], sum(shape[cut] for shape in shapes), *shapes[0][cut + 1:]]
         if found != expected:
             raise CheckpointError(

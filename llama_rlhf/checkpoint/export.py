@@ -151,10 +151,10 @@ def export_peft(source: str, folder: str, *, model_type: str = "", progress: Pro
 
 def companions_folder(tokenizer_file: str) -> str:
     """--tokenizer_file, a file or a folder -> the folder (or GGUF file) that tokenizer files are copied from; "" stays ""."""
+    if tokenizer_file and not os.path.exists(tokenizer_file):
+        raise FileNotFoundError(f"--tokenizer_file {tokenizer_file} does not exist")
     if not tokenizer_file or tokenizer_file.endswith(".gguf"):
         return tokenizer_file
-    if not os.path.exists(tokenizer_file):
-        raise FileNotFoundError(f"--tokenizer_file {tokenizer_file} does not exist")
     known = [name for name in COMPANIONS if "tokenizer" in name or "tiktoken" in name]
     folder, name = (tokenizer_file, None) if os.path.isdir(tokenizer_file) else os.path.split(os.path.abspath(tokenizer_file))
     if name not in known if name else not any(os.path.isfile(os.path.join(folder, name)) for name in known):

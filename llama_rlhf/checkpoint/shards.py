@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -185,9 +186,10 @@ def copy_companions(source: str, target: str) -> dict:
 
     source: folder, or GGUF file, the model came from.
     """
-    if source.endswith(".gguf"):
+    from llama_rlhf.tokenizer import _gguf
+    if (gguf := _gguf(Path(source))) is not None:
         from llama_rlhf.checkpoint.gguf_tokenizer import write_tokenizer_files
-        return {os.path.basename(path): store.seal(path) for path in write_tokenizer_files(source, target)}
+        return {os.path.basename(path): store.seal(path) for path in write_tokenizer_files(str(gguf), target)}
     for folder in (source, os.path.dirname(os.path.abspath(source))):      # Meta keeps tokenizer.model one folder up
         found = [name for name in COMPANIONS if os.path.isfile(os.path.join(folder, name))]
         if any("tokenizer" in name or "tiktoken" in name for name in found):
@@ -420,7 +422,9 @@ class Rewrite:
 
 def check_new_folder(folder: str) -> None:
     """Refuse a target that publishing would fail on, before hours of reading."""
-    folder = os.path.abspath(folder)
+    folder = os.path.realpath(folder)
+    if os.path.ismount(folder):
+        raise CheckpointError(f"{folder} is a mount point, whose place a finished folder cannot take. Choose a folder inside it.")
     if os.path.lexists(folder) and not os.path.isdir(folder):
         raise CheckpointError(f"{folder} is a file. Choose another folder, or remove it.")
     if os.path.isdir(folder) and os.listdir(folder):

@@ -77,7 +77,7 @@ def publish(folder: str, write: Callable[[str], dict | None], manifest: dict | N
     manifest: what else the manifest says; format and files are added here. None: a folder in somebody else's format, which has
     no manifest; then write need not return anything.
     """
-    folder = os.path.abspath(folder)
+    folder = os.path.realpath(folder)
     parent, name = os.path.split(folder)
     temporary = os.path.join(parent, f".tmp-{name}")
     targets, sizes = zip(*groups.gather_objects((folder, n_bytes)))

@@ -153,14 +153,16 @@ def config_from_gguf(metadata: dict, vocab_size: int, has_output: bool) -> Model
 
     if get("expert_count"):
         raise ValueError("this GGUF file holds a mixture of experts, which is supported from safetensors or consolidated files only")
-    if get("rope.scaling.type") not in (None, "none"):
-        raise ValueError(f"GGUF rope scaling {get('rope.scaling.type')!r} is not supported")
+    kind, factor = get("rope.scaling.type"), float(get("rope.scaling.factor") or get("rope.scale_linear") or 1.0)     # older files have no type: linear
+    if kind not in (None, "none", "linear"):
+        raise ValueError(f"GGUF rope scaling {kind!r} is not supported")
+    scaling = {"rope_type": "linear", "factor": factor} if kind != "none" and factor != 1.0 else None
     heads, dim = int(get("attention.head_count")), int(get("embedding_length"))
     return family.read_hf({
         "hidden_size": dim, "num_hidden_layers": int(get("block_count")), "num_attention_heads": heads,
         "num_key_value_heads": int(get("attention.head_count_kv", heads)), "head_dim": int(get("attention.key_length", dim // heads)),
         "intermediate_size": int(get("feed_forward_length")), "vocab_size": vocab_size,
-        "rms_norm_eps": round(float(get("attention.layer_norm_rms_epsilon")), 12), "rope_theta": float(get("rope.freq_base", 10000.0)),
+        "rms_norm_eps": round(float(get("attention.layer_norm_rms_epsilon")), 12), "rope_theta": float(get("rope.freq_base", 10000.0)), "rope_scaling": scaling,
         "max_position_embeddings": int(get("context_length")), "tie_word_embeddings": not has_output})
 
 

@@ -20,10 +20,10 @@ from llama_rlhf.models.family import (
 
 def _window(c: dict) -> dict:
     """The window switches: with use_sliding_window, layers from max_window_layers on have one."""
-    window = c.get("sliding_window") if c.get("use_sliding_window") else None
+    window = c.get("sliding_window", 4096) if c.get("use_sliding_window") else None
     if window is None:
         return {}
-    n_layers, first = c["num_hidden_layers"], c.get("max_window_layers", 0)
+    n_layers, first = c["num_hidden_layers"], c.get("max_window_layers", 28)
     wanted = ["sliding_attention" if i >= first else "full_attention" for i in range(n_layers)]
     if c.get("layer_types") not in (None, wanted):
         raise ValueError("config.json: layer_types and max_window_layers disagree about which layers have a sliding window")
