@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,7 @@ def test_d_is_exact_beyond_float_precision():
     [
         ("1 + 1 = 2\n#### 7 apples, not 8\n#### 9", "7"),  # the first #### line, its first number
         ("####\nThe answer is 4", "4"),  # a line without a number decides nothing
-        ("\\boxed{3} or rather \\boxed{\\frac{12}{5}}", "12"),
+        ("\\boxed{3} or rather \\boxed{\\frac{12}{5}}", "2.4"),
         ("\\boxed{} so the answer is 6. That took 2 steps", "6"),
         ("the answer is 1. No, the Answer: 5 of 9", "5"),
         ("He has 3, then 4, then 11 left", "11"),
@@ -120,11 +121,64 @@ def test_d_is_exact_beyond_float_precision():
         ("\\boxed{18", "18"),
         ("Question: how many? 5", None),
         ("", None),
+        # what is thought does not count
+        ("<think>The answer is 5? Let me check. 2*3 = 6.</think>\n\nShe has 6 apples.", "6"),
+        ("<think>Question: how many? #### 5</think>\\boxed{6}", "6"),
+        ("<think>#### 5</think> <think>\\boxed{7}</think> none", None),
+        # a fraction is one value where the answer is stated
+        ("The answer is 3/4.", "0.75"),
+        ("#### -1/2 cup", "-0.5"),
+        ("\\boxed{-\\dfrac{3}{4}}", "-0.75"),
+        ("\\boxed{\\tfrac{ 1,200 }{\\$3}}", "400"),
+        ("\\boxed{\\frac12}", "0.5"),
+        ("Answer: $12/3", "4"),
+        ("Answer: 4 / 6", "2/3"),
+        ("\\boxed{-\\frac{4}{6}}", "-2/3"),
+        ("\\boxed{\\frac{0.5}{.25}}", "2"),
+        ("\\boxed{2\\frac{1}{2}}", "2.5"),
+        ("#### -2 1/2", "-2.5"),
+        ("#### 3/0", "3/0"),
+        ("#### 3/0.0", "3/0.0"),
+        ("#### 3/1" + "0" * 5000, "3/1" + "0" * 5000),  # beyond the digits Python converts: as it stands
+        ("#### 1/" + str(2**14000), "1/" + str(2**14000)),
+        ("48/2 = 24", "24"),  # not so in the whole text
+        ("24 = 48/2", "2"),
+        ("That is 5/hour, the answer is 40/week", "40"),
+        # LaTeX within numbers, dashes for minus
+        ("\\boxed{1,\\!200}", "1200"),
+        ("\\boxed{18\\,000\\;000}", "18000000"),
+        ("\\boxed{18\\ 000\\text{ m}}", "18000"),
+        ("\\boxed{18\\text{,}000}", "18000"),
+        ("\\boxed{3\\ 5}", "3"),  # no thousands
+        ("The answer is \u20135", "-5"),
+        ("from 3\u20135", "5"),
+        ("from 3%\u20135%", "5"),
+        # headings are no answers, unless there is nothing else
+        ("#### Step 1: Find the total\n3 + 4 = 7\n#### Step 2: Double it\n7 * 2 = 14\n\nThe final answer is \\boxed{14}.", "14"),
+        ("#### 1. Find the total\n3 + 4 = 7\n#### 2) **Double it**\n7 * 2 = 14\n\nAnswer: 14", "14"),
+        ("#### Step 1: add\n3 + 4\n#### **$7** each", "7"),
+        ("#### Total: 7\n8", "7"),
+        ("#### Total: 7\n\\boxed{8}", "8"),
+        ("#### 18. \n\\boxed{8}", "18"),
+        ("#### \u20ac18 \\boxed{8}", "18"),
+        # in a box, the last side of an equation
+        ("\\boxed{3\\cdot 4 = 12}", "12"),
+        ("\\boxed{12 = x}", "12"),
+        ("The answer is 3 (2 + 2 = 4)", "3"),
     ],
 )
 def test_d_reads_the_answer_a_reader_would(text, answer):
     assert gsm8k.extract_tolerant(text) == answer
 
+
+def test_d_equals_fractions_exactly_when_their_values_are_equal():
+    r = random.Random(2)
+    for _ in range(2000):
+        a, b, c, d = (r.choice([1, -1]) * r.randint(1, 40) for _ in range(4))
+        one, other = gsm8k.extract_tolerant(f"#### {a}/{b}"), gsm8k.extract_tolerant(f"so \\boxed{{\\frac{{{c}}}{{{d}}}}}")
+        assert (one == other) == (a * d == b * c)
+        assert Fraction(one) == Fraction(a, b) and ("/" in one) == (10**6 * a % b != 0)
+    assert gsm8k.read_label("x\n#### 3/4") == gsm8k.read_label("\\frac{3}{4}") == "0.75"
 
 @pytest.mark.parametrize("rule", "ABCD")
 def test_label_may_be_a_number_or_a_whole_solution(rule):
@@ -165,6 +219,20 @@ ADVERSARIAL = {
     "many answers": "answer is " * (N // 10),
     "newlines": "\n" * N,
     "questions": "Question:" * (N // 9),
+    "fractions": "#### 1/" * (N // 7),
+    "a fraction of fractions": "#### " + "1/" * (N // 2),
+    "a long fraction": "#### " + "7" * (N // 2) + "/" + "3" * (N // 2),
+    "numbers and blanks": "1 " * (N // 2) + "/",
+    "slashes": "#### 1" + "/ " * (N // 2),
+    "fractions never closed": "\\frac{1" * (N // 7),
+    "fractions without a bar": "1\\frac" * (N // 6),
+    "half a fraction": "\\frac{" + "1" * N,
+    "backslashes": "1\\" * (N // 2),
+    "groups in LaTeX": "\\boxed{1" + "\\,111" * (N // 6),
+    "numbered headings": "#### 1. x " * (N // 10),
+    "a heading of stars": "#### 1." + "*" * (N // 2) + " " * (N // 2),
+    "answer and stars": "answer" + "*" * N,
+    "thoughts": "<think>1</think>" * (N // 16),
 }
 
 
@@ -203,6 +271,11 @@ def test_number_cut_at_the_end_of_an_unfinished_text_earns_no_reward():
     assert gsm8k.score(PROBLEM, "#### 24", finished=False, reward=True)["score"] == 0.0  # could have become 240
     assert gsm8k.score(PROBLEM, "#### 24\nAnd", finished=False, reward=True)["score"] == 1.0
     assert gsm8k.score(PROBLEM, "The answer is 24 in", finished=False, reward=True)["score"] == 1.0
+    for whole in ("24/5", "24 / 5", "24\\,000", "24{,}000", "24\\frac{1}{2", "\\frac{24}{5", "\\dfrac{24} {5"):
+        for end in range(len(whole) + 1):
+            if whole[:end] != "24 ":  # the blank ends it
+                assert gsm8k.extract_tolerant(f"The answer is {whole[:end]}", truncated=True) is None, whole[:end]
+    assert gsm8k.extract_tolerant("\\boxed{\\frac{48}{2}}", truncated=True) == "24"
 
 
 def test_strip_calculator_leaves_the_text_that_people_read():

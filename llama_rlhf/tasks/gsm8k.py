@@ -12,6 +12,7 @@ under reinforcement learning will sooner or later write the string that makes a 
 """
 
 import re
+from fractions import Fraction
 
 from llama_rlhf.records import answers_of, is_empty, prompt_of, type_name
 from llama_rlhf.tasks import Problem, load_file, scored
@@ -57,13 +58,21 @@ def _harness_clean(answer):
 # Rule D
 
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")
-_ANSWER_WORDS = re.compile(r"answer\s*(?:is|:)", re.IGNORECASE)
+_ANSWER_WORDS = re.compile(r"answer(?:\s*(?:is|:)|\W{0,3}:)", re.IGNORECASE)  # "**Answer**:" too
+_DIGITS = r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+"
 _NUMBER = re.compile(
-    r"(?:(?<![\w)\]}])(?P<sign>[-+]))?"  # after a digit, letter or closing bracket ("5-3") it is no sign
-    r"\$?(?:"
-    r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.(?P<decimals>[0-9]+))?"
+    r"(?:(?<![\w)\]}%°])(?P<sign>[-+]))?"  # after a digit, letter, unit or closing bracket ("5-3", "50%-60%") it is no sign
+    rf"\$?(?:(?P<whole>{_DIGITS})(?:\.(?P<decimals>[0-9]+))?"
     r"|\.(?P<only_decimals>[0-9]+))"
 )
+_VALUE = re.compile(  # a number, a fraction (3/4) or both (2 3/4)
+    rf"{_NUMBER.pattern}(?:(?: (?P<above>[0-9]+))? ?/ ?(?P<below>-?\$?(?:(?:{_DIGITS})(?:\.[0-9]+)?|\.[0-9]+)))?"
+)
+_HEADING = re.compile(r"[.):][*_]*\s+[*_]*[^\W\d_]")  # what follows the number in "#### 1. Find the total"
+_LATEX_GROUP = re.compile(r"(?<=[0-9])(,?)\\[,!; ](?=[0-9]{3}(?![0-9]))")
+_LATEX_FRACTION = re.compile(r"\\[dt]?frac ?(?:\{ ?([-+]?\$?[0-9.,]+) ?\}|([0-9])) ?(?:\{ ?([-+]?\$?[0-9.,]+) ?\}|([0-9]))")
+_NUMBER_PARTS = "0123456789.,$+-"
+_GOES_ON = re.compile(r"(?:/ ?|\{|\\[dt]?frac ?(?:\{[^{}]*\}? ?\{?)?|\\(?:[!; ]|[a-z]*))\Z")
 
 
 def strip_calculator(text):
@@ -71,44 +80,78 @@ def strip_calculator(text):
     return _ANNOTATION.sub("", text)
 
 
-def extract_tolerant(text, *, truncated=False):
+def extract_tolerant(text, *, truncated=False, tagged=False):
     """Rule D, ours: the number a reader would take as the answer, in canonical form (`18.00` -> `18`, `.5` -> `0.5`).
 
-    Everything from the first "Question:" on is dropped: few-shot models go on to invent the next problem.
-    Then the first of these places that holds a number decides: the line of the first `####`; the last `\\boxed{}`;
-    what follows the last "answer is" or "answer:"; the whole text. From the last place the last number is
-    taken, from the others the first.
+    Everything up to the last "</think>" is dropped, and then everything from the first "Question:" on: few-shot models go
+    on to invent the next problem. Then the first of these places that holds a number decides: the first `####` line that
+    begins with one (`#### Step 1` and `#### 1. Add` are headings); the last `\\boxed{}`, and in it what follows the last "=";
+    what follows the last "answer is" or "answer:"; the first `####` line with a number in it; the whole text. From the
+    last place the last number is taken, from the others the first, and there `3/4`, `2 3/4` and `\\frac{3}{4}` are one value.
 
     truncated: set it when a length limit cut the text off and the result becomes a *reward*. Then the whole text
     does not count (its last number is an intermediate result, and rewarding that teaches the policy to ramble),
     nor does a number at the very end, some digits of which may be missing.
-    """
-    text = text.partition("Question:")[0]
-    text = strip_calculator(text).replace("{,}", ",").replace("\\$", "$").replace("\u2212", "-")
-    if truncated:
-        text = text.rstrip("0123456789.,$+-")
 
-    hash_line = text.partition("####")[2].partition("\n")[0]
-    for place in (hash_line, last_boxed(text), after_answer_words(text)):
-        number = _NUMBER.search(place)
-        if number:
-            return _canonical(number)
+    tagged: the text is what stands between answer tags: its last number may be a fraction too.
+    """
+    text = _plain(text.rpartition("</think>")[2].partition("Question:")[0])
     if truncated:
-        return None
-    number = None
-    for number in _NUMBER.finditer(text):
+        text = _without_open_number(text)
+
+    leading, any_in_hash_line = _hash_numbers(text)
+    box = last_boxed(text)
+    number = (
+        leading or _VALUE.search(box.rpartition("=")[2]) or _VALUE.search(box) or _VALUE.search(after_answer_words(text)) or any_in_hash_line
+    )
+    if number or truncated:
+        return _value(number) if number else None
+    for number in (_VALUE if tagged else _NUMBER).finditer(text):
         pass
-    return _canonical(number) if number else None
+    return _value(number) if number else None
+
+
+def _plain(text):
+    """The text without calculator annotations, and with numbers as outside LaTeX: `1{,}200`, `18\\,000`, `\\frac{3}{4}`."""
+    text = strip_calculator(text)
+    for latex, plain in (("\\text{,}", ","), ("{,}", ","), ("\\$", "$"), ("\u2212", "-"), ("\u2013", "-")):
+        text = text.replace(latex, plain)
+    text = re.sub(r"(?<=[0-9])(?=\\[dt]?frac)", " ", _LATEX_GROUP.sub(r"\1", text))
+    return _LATEX_FRACTION.sub(r"\1\2/\3\4", text)
+
+
+def _without_open_number(text):
+    """The text less a number at its very end that may go on: `12`, `3/`, `18\\,0`, `2\\frac{1}{`."""
+    text = text.rstrip(_NUMBER_PARTS)
+    more = _GOES_ON.search(text)
+    return text[: more.start()].rstrip(_NUMBER_PARTS + "/\\!;{ ") if more else text
+
+
+def _hash_numbers(text):
+    """The first number that begins a line after `####`, and the first that such a line holds at all; None without."""
+    lines = (part.partition("\n")[0] for part in text.split("####")[1:])
+    numbers = [number for line in lines if (number := _VALUE.search(line))]
+    return next(filter(_begins_line, numbers), None), next(iter(numbers), None)
+
+
+def _begins_line(number):
+    line = number.string
+    return not re.search(r"[^\W_]", line[: number.start()]) and not _HEADING.match(line, number.end())
 
 
 def last_boxed(text):
     """What stands in the last \\boxed{...}, nested braces included; "" when there is none or it is not closed."""
     _, found, rest = text.rpartition("\\boxed{")
-    depth = 1 if found else 0
-    for i, character in enumerate(rest if found else ""):
+    return until_brace(rest) if found else ""
+
+
+def until_brace(text):
+    """What stands before the first "}" that closes a brace opened before the text; "" without one."""
+    depth = 1
+    for i, character in enumerate(text):
         depth += (character == "{") - (character == "}")
         if depth == 0:
-            return rest[:i]
+            return text[:i]
     return ""
 
 
@@ -134,6 +177,24 @@ def _canonical(number):
     return f"-{value}" if number["sign"] == "-" and value != "0" else value
 
 
+def _value(match):
+    """The one spelling of a match of _NUMBER or _VALUE. A fraction without an exact decimal is n/d in lowest terms."""
+    number, groups = _canonical(match), match.groupdict()
+    if not groups.get("below"):
+        return number
+    try:
+        value = Fraction(groups["above"] or number) / Fraction(canonical_number(groups["below"]))
+        if groups["above"]:
+            value = Fraction(number) + (-value if number.startswith("-") else value)
+        places = value.denominator.bit_length()
+        if pow(10, places, value.denominator):  # a factor besides 2 and 5
+            return str(value)
+        whole, rest = divmod(abs(value) * 10**places, 10**places)
+        return canonical_number(f"{'-' if value < 0 else ''}{whole}.{int(rest):0{places}}")
+    except (ZeroDivisionError, ValueError):  # more digits than Python converts
+        return match.group()  # with its "/" the spelling of no number
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Comparing with the label
 
@@ -143,14 +204,12 @@ RULE = "D"
 
 def read_label(label):
     """The label in canonical form, from a bare number ("18", "1,450,000") or a solution ending in `#### N`."""
-    text = str(label).strip()
-    if "####" in text:
-        number = _NUMBER.search(text.partition("####")[2].partition("\n")[0])
-    else:
-        number = _NUMBER.fullmatch(text)
+    text = _plain(str(label)).strip()
+    leading, any_in_hash_line = _hash_numbers(text)
+    number = leading or any_in_hash_line or _VALUE.fullmatch(text)
     if number is None:
         raise ValueError(f'label {_shortened(text)} is neither a number nor a solution with a line "#### number"')
-    return _canonical(number)
+    return _value(number)
 
 
 def correct(rule, text, label):
