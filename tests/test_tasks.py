@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 from ranks import run_script
@@ -24,6 +25,10 @@ from llama_rlhf.validation import histogram
     ("It is Rome.\n<answer> The\nHague </answer> for sure", "the hague"), ("<answer>Rome</answer> no, <answer>Paris</answer>", "paris"),
     ("so\n#### Paris.\nQuestion: #### Rome", "paris"), ("thus \\boxed{\\text{a}}, \\boxed{Paris}", "paris"), ("The answer is: **Paris**.", "paris"),
     ("Rome?\n\n  “Paris” \n", "“paris”"), ("<think>the answer is Rome</think>\nPARIS", "paris"), ("", None), ("<answer></answer>", None), (" (B) ", "b"),
+    ("so \\boxed{\\text{Paris}}", "paris"), ("<answer>\\boxed{Paris}</answer>", "paris"), ("**Answer**: B", "b"), ("\\boxed{\\textbf{(B)}}", "b"),
+    ("The answer is \\(x+1\\).", "x+1"), ("The answer is $\\mathrm{x}$.", "x"), ("<answer>**\\text{ New  York}**.</answer>", "new york"),
+    ("\\text{a} or \\text{b}", "\\text{a} or \\text{b}"), ("$a$ or $b$", "$a$ or $b$"), ("\\(a\\) or \\(b\\)", "\\(a\\) or \\(b\\"), ("\\text{a", "\\text{a"),
+    ("pages 3\u20135", "pages 3-5"), ("\\text{}", None), ("$$", "$$"),
 ])  # fmt: skip
 def test_what_a_text_answers(text, answer):
     problem = Problem(1, "?", "", "x", frozenset({"x"}))
@@ -41,12 +46,23 @@ def test_a_text_cut_off_answers_only_where_it_said_so():
     (1450, "so it costs $1,450.00", True), ("0.50", "<answer>about .5 of it</answer>", True), ("18", "The answer is 17 or 18", False),
     (-3, "it is \u22123", True), ("NYC", "nyc.", True), ("NYC", "I say NYC", False), (["NYC", "New York"], "**new  york**", True), (".5", "5", False),
     ("x\n#### 7", "7.0", True), ("3/4", "3/4", True), ("3/4", "4", False), ("18", "<think>18</think>", False),
+    (4, "<answer>3/4</answer>", False), (3, "The answer is 3/4.", False), (.75, "<answer>0.5 or \\frac{3}{4}</answer>", True), (24, "<answer>48/2 = 24</answer>", True),
+    (4, "<answer>12/3</answer>", True), (12, "<answer>x = 3\\cdot 4 = 12</answer>", True), (12, "<answer>12 = x</answer>", True), ("$5$", "5", True),
+    ("\\text{Paris}", "Paris", True), ("\\(x+1\\)", "<answer>$x+1$</answer>", True), ("\u20135", "it is -5", True),
 ])  # fmt: skip
 def test_answers_equal_by_value_or_by_stated_spelling(tmp_path, label, text, right):
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": "q", "answer": label}) + "\n" + json.dumps({"question": "q", "answer": "it", "label": label}))
     given, labelled = answers.load(tmp_path / "a.jsonl")
     assert answers.score(given, text, True)["correct"] == {"match": right} == answers.score(labelled, text, True)["correct"]
     assert labelled.solution == "it"
+
+
+@pytest.mark.parametrize("text", ["\\text{" * 16_000 + "}" * 16_000, "$" * 100_000, "\\(" * 50_000, "\\(" + "\\" * 100_000, "answer" + "*" * 100_000])
+def test_hostile_answers_take_under_a_second(text):
+    start = time.perf_counter()
+    for inside in (text, f"<answer>{text}</answer>", f"\\boxed{{{text}}}"):
+        answers.score(Problem(1, "?", "", "x", frozenset({"x"})), inside, True)
+    assert time.perf_counter() - start < 1
 
 
 def test_answers_without_an_answer_are_refused_by_record(tmp_path):

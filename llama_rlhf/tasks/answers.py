@@ -6,10 +6,11 @@ A record is {"question", "answer"}, or any other form of docs/DATA.md; several a
 What a text answers (`final_answer`), from the first place that is there: the last <answer>...</answer>; the line after the first
 "####"; the last \\boxed{}; the rest of the line after the last "answer is" or "answer:"; the last line with something in it.
 Where the reference is a number, rule D of GSM8K reads the number out of it (1,450.00 = $1450).
-Otherwise both sides are compared without regard to case, Unicode form, repeated spaces, and quotes, asterisks, brackets and
-full stops around them.
+Otherwise both sides are compared without regard to case, Unicode form, repeated spaces, the kind of dash, quotes, asterisks, brackets
+and full stops around them, and a \\boxed{}, \\text{}, \\textbf{}, \\mathrm{}, $...$ or \\(...\\) around the whole.
 """
 
+import re
 import unicodedata
 
 from llama_rlhf.records import answers_of, is_empty, prompt_of
@@ -17,6 +18,9 @@ from llama_rlhf.tasks import Problem, gsm8k, load_file, scored
 
 RULES, RULE = ("match",), "match"
 TRAIN = TEST = ""
+
+_COMMAND = re.compile(r"\\(?:boxed|text|textbf|mathrm)\{")
+_MATHS = re.compile(r"\$([^$]+)\$|\\\(((?:(?!\\\)).)+)\\\)")
 
 
 def load(file, faults=None):
@@ -39,7 +43,7 @@ def score(problem, text, finished, *, rule=RULE, reward=False):
     if all(gsm8k.canonical_number(label) for label in problem.more):
         text = text.rpartition("</think>")[2]
         tagged = in_tags(text)
-        answer = gsm8k.extract_tolerant(text, truncated=not whole) if tagged is None else gsm8k.extract_tolerant(tagged)
+        answer = gsm8k.extract_tolerant(text, truncated=not whole) if tagged is None else gsm8k.extract_tolerant(tagged, tagged=True)
     else:
         answer = normalise(final_answer(text, whole=whole) or "") or None
     return scored(rule, finished, {"match": (answer, answer in problem.more)})
@@ -74,6 +78,18 @@ def _after_hashes(text):
 
 def normalise(text):
     """One spelling per meaning: see above."""
-    text = " ".join(unicodedata.normalize("NFKC", text).replace("\u2212", "-").casefold().split())
-    text = text.lstrip(" \"'`*_([").rstrip(" \"'`*_.)]")
+    text = unicodedata.normalize("NFKC", text).replace("\u2212", "-").replace("\u2013", "-").casefold()
+    for _ in range(4):  # not "while": every layer costs a walk through the text
+        text = _unwrapped(" ".join(text.split()).lstrip(" \"'`*_").rstrip(" \"'`*_."))
+    text = " ".join(text.split()).lstrip(" \"'`*_([").rstrip(" \"'`*_.)]")
     return gsm8k.canonical_number(text) or text
+
+
+def _unwrapped(text):
+    """What a LaTeX command or maths signs around the whole text hold, or else the text."""
+    command = _COMMAND.match(text)
+    if command:
+        inside = gsm8k.until_brace(text[command.end() :])
+        return inside if command.group() + inside + "}" == text else text
+    maths = _MATHS.fullmatch(text)
+    return maths[1] or maths[2] if maths else text
