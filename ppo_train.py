@@ -391,11 +391,12 @@ def main(
         return metrics["accuracy"]
 
     def save(step):
-        run_state = {"kl": kl.state(), "moments": moments.state(), "ema": ema.state(), "best": best, "identity": run, "folders": save_dirs}
+        folders = list(map(os.path.abspath, save_dirs))
+        run_state = {"kl": kl.state(), "moments": moments.state(), "ema": ema.state(), "best": best, "identity": run, "folders": folders}
         if critic is not None:
             with roles.using(critic, trainer=critic_trainer):
                 save_model(critic, os.path.join(critic_save_dir, f"step-{step}"), companions=companions, trainer=critic_trainer, step=step,
-                           run={"identity": run, "folders": save_dirs})
+                           run={"identity": run, "folders": folders})
         with roles.using(actor, trainer=actor_trainer):
             save_model(actor, os.path.join(actor_save_dir, f"step-{step}"), companions=companions, trainer=actor_trainer, step=step, run=run_state)
         for folder in save_dirs:

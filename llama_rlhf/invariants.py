@@ -87,7 +87,7 @@ def _texts_digest(texts) -> str:
 
 
 def fingerprint(examples) -> str:
-    """Of the training data: tokens, labels, pairs; a thousand examples are looked at, or two."""
+    """Of the training data: tokens, labels, pairs. Of more than two thousand examples every n-th is looked at."""
     digest = hashlib.blake2b(digest_size=8)
     for example in examples[:: max(1, len(examples) // 1000)]:
         digest.update(repr(example).encode())

@@ -296,7 +296,7 @@ def _without_partner(save_dirs: list[str], saves: list[dict[int, str]], step: in
             if any(os.path.lexists(os.path.join(other, f"{name}.corrupt")) for other in save_dirs):
                 found[path] = ".alone"
                 continue
-            died_here, moved = folder == save_dirs[-1] and len(later) == 1, folders != save_dirs
+            died_here, moved = folder == save_dirs[-1] and len(later) == 1, folders != list(map(os.path.abspath, save_dirs))
             if not died_here or moved and step < 0:
                 raise ValueError(f"{folder} holds {name}, but {next(other for other, those in zip(save_dirs, saves) if later[-1] not in those)} does not"
                                  + (f"; the run that made it saved to {' and '.join(folders)}" if folders and moved else "")
