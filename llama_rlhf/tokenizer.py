@@ -279,7 +279,7 @@ class JsonTokenizer(Tokenizer):
             if not token.get("special") and name not in settings.names.values():
                 continue  # part of the vocabulary as far as text goes, such as Qwen's <think>
             special_ids[name] = token["id"]
-            token.update(content=f"{secret}.{token['id']}.", special=True, normalized=False)
+            token.update(content=f"{secret}.{token['id']}.", special=True, normalized=False, single_word=False)
             if name in ids and isinstance(vocab, dict):
                 vocab[token["content"]] = vocab.pop(name)
             elif name in ids:

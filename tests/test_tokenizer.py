@@ -141,6 +141,16 @@ def test_chat_content_cannot_forge_control_tokens(tmp_path, text):
     assert "\ue001" not in ours.decode(forged) and ours.encode(text)[-1] in forged
 
 
+def test_a_control_token_that_is_to_stand_alone_is_found_beside_letters(tmp_path):
+    """single_word kept the name it has inside the library from being found there: the name's letters were encoded."""
+    spec = json.loads((write_byte_level(tmp_path) / "tokenizer.json").read_text())
+    for token in spec["added_tokens"]:
+        token["single_word"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tok = load_tokenizer(tmp_path)
+    assert tok.encode("a<|im_start|>b", special=True) == [*tok.encode("a"), 1, *tok.encode("b")]
+
+
 def test_two_messages_cannot_join_into_a_control_token(tmp_path):
     template = "{% for m in messages %}{{ m.content | trim }}{% endfor %}"
     ours = load_tokenizer(write_byte_level(tmp_path, template=template))
