@@ -35,6 +35,7 @@ FOLDER_FILES = (
 )
 MAX_TEMPLATE = 1 << 17  # characters
 MAX_NAME, MAX_RANKED_BYTES = 200, 1000  # of a control token's name; of a token in a tiktoken file: all its parts are looked up
+CONTROL_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 MAX_FILE_BYTES = 64 << 20  # the largest real one, a tokenizer.json of 256k tokens, has about 35 MB
 
 
@@ -225,7 +226,7 @@ class SentencePieceTokenizer(Tokenizer):
             if id >= 0:
                 names.setdefault(f"{kind}_token", self._model.IdToPiece(id))
         settings.names = names
-        special_ids.update({name: id for name, id in settings.added.items() if id >= size})
+        special_ids.update({name: token["id"] for name, token in settings.added.items() if token["id"] >= size})
         if settings.chat_template is None and "[INST]" in special_ids:
             settings.chat_template = CHAT_FORMATS["mistral-v3"]["template"]
         super().__init__("sentencepiece", size, special_ids, settings, starts_with_bos=True)
@@ -270,14 +271,18 @@ class JsonTokenizer(Tokenizer):
         vocab = spec["model"]["vocab"]  # {piece: id}, or [[piece, score], ...] in unigram models
         ids = vocab if isinstance(vocab, dict) else {piece: id for id, (piece, _) in enumerate(vocab)}
         added = {token["content"]: token for token in spec.setdefault("added_tokens", [])}
-        for name in settings.names.values():
-            if name not in added and name in ids:
-                added[name] = {"id": ids[name], "content": name, "single_word": False, "lstrip": False, "rstrip": False}
-                spec["added_tokens"].append(added[name])
+        taken = {*ids.values(), *(token["id"] for token in added.values())}
+        declared = {name: {"content": name, **CONTROL_FLAGS, "id": ids[name]} for name in settings.names.values() if name in ids}
+        for name, token in sorted(settings.added.items(), key=lambda item: item[1]["id"]):
+            if name in ids or token["id"] not in taken:  # where the files disagree, this one counts
+                declared[name] = {**token, "id": ids.get(name, token["id"])}
+        declared = {name: token for name, token in declared.items() if name not in added}
+        added |= declared
+        spec["added_tokens"] += declared.values()
         special_ids = {}
         for name, token in added.items():
-            if not token.get("special") and name not in settings.names.values():
-                continue  # part of the vocabulary as far as text goes, such as Qwen's <think>
+            if not settings.is_control(token):
+                continue
             special_ids[name] = token["id"]
             token.update(content=f"{secret}.{token['id']}.", special=True, normalized=False, single_word=False)
             if name in ids and isinstance(vocab, dict):
@@ -293,9 +298,9 @@ class JsonTokenizer(Tokenizer):
         spec.update(post_processor=None, truncation=None, padding=None)
         self._rust = tokenizers.Tokenizer.from_str(json.dumps(spec))
         self._secret = secret
-        for name, id in special_ids.items():
-            if self._rust.token_to_id(f"{secret}.{id}.") != id:
-                raise ValueError(f"control token {name!r} has id {id}, but loads as another one")
+        for name, token in added.items():
+            if (name in special_ids or name in declared) and self._rust.token_to_id(token["content"]) != token["id"]:
+                raise ValueError(f"the added token {name!r} has id {token['id']}, but loads as another one: the ids of added tokens must leave no gap")
         self._byte_level = '"ByteLevel"' in json.dumps(spec.get("decoder"))
         size = max(self._rust.get_vocab(with_added_tokens=True).values()) + 1
         super().__init__(kind, size, special_ids, settings, eos_names=eos_names,
@@ -416,10 +421,9 @@ def tokenizer_json_from_ranks(ranks, *, pattern, special_names, nfc):
         merges += [[spell(a), spell(b)] for _, _, a, b in sorted(pairs)]
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
         "version": "1.0",
-        "added_tokens": [{"id": len(ranks) + n, "content": name, **flags} for n, name in enumerate(special_names)],
+        "added_tokens": [{"id": len(ranks) + n, "content": name, **CONTROL_FLAGS} for n, name in enumerate(special_names)],
         "normalizer": {"type": "NFC"} if nfc else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, to_bytes]},
         "decoder": to_bytes,
@@ -500,7 +504,8 @@ CHAT_FORMATS: dict[str, dict] = {  # needs: control tokens it writes; ends: the 
 class _Settings:
     """What the json files beside a tokenizer say about it.
 
-    names: {"bos_token": "<s>", ...}; added: ids of extra tokens by name; generation_eos: int, list or None
+    names: {"bos_token": "<s>", ...}; added: extra tokens by name, each as tokenizer.json has them; generation_eos: int, list or None;
+    needs: names that are control tokens whatever the files say
     """
 
     def __init__(self, folder):
@@ -513,8 +518,13 @@ class _Settings:
             if name:  # some early LLaMA conversions have empty strings here
                 self.names[kind] = _expected(kind, name, str)
         self.add_bos = _expected("add_bos_token", config.get("add_bos_token"), bool, type(None))
-        self.added = {t["content"]: int(id) for id, t in config.get("added_tokens_decoder", {}).items()}
-        self.added.update(_read_json(folder / "added_tokens.json"))
+        self.needs = ()
+        self.added = {}
+        for id, token in config.get("added_tokens_decoder", {}).items():
+            flags = {flag: _expected(flag, token.get(flag, default), bool) for flag, default in CONTROL_FLAGS.items()}
+            self.added[_expected("content", token["content"], str)] = {"id": int(id), "content": token["content"], **flags}
+        for name, id in _read_json(folder / "added_tokens.json").items():
+            self.added[name] = {"content": name, **CONTROL_FLAGS, **self.added.get(name, {}), "id": _expected(name, id, int)}
         eos = _read_json(folder / "generation_config.json").get("eos_token_id")
         self.generation_eos = [_expected("eos_token_id", id, int) for id in eos] if isinstance(eos, list) else \
             _expected("eos_token_id", eos, int, type(None))  # fmt: skip
@@ -529,6 +539,10 @@ class _Settings:
             if len(_expected("chat_template", template, str)) > MAX_TEMPLATE:
                 raise ValueError(f"a chat template of more than {MAX_TEMPLATE} characters")
         self.chat_template = self.templates.get("default")
+
+    def is_control(self, token):
+        """Other added tokens, such as Qwen's <think>, are part of the vocabulary as far as text goes."""
+        return token.get("special") or token["content"] in self.names.values() or token["content"] in self.needs
 
 
 def _expected(name, value, *kinds):
@@ -568,7 +582,7 @@ def load_tokenizer(path, *, chat_format=None):
         settings.chat_template = settings.templates[chat_format]
     elif chat_format in CHAT_FORMATS:
         builtin = CHAT_FORMATS[chat_format]
-        settings.chat_template = builtin["template"]
+        settings.chat_template, settings.needs = builtin["template"], builtin["needs"]
     elif chat_format is not None:
         known = ", ".join([*CHAT_FORMATS, *settings.templates])
         raise ValueError(f"unknown chat_format={chat_format!r}; known here: {known}")

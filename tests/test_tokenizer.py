@@ -238,6 +238,47 @@ def test_folder_cannot_run_code(tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "added_tokens.json"])
+def test_tokens_that_only_the_other_json_files_add(file, tmp_path):
+    """They were spelled out, and the model never ended an answer."""
+    transformers = pytest.importorskip("transformers")
+    spec = json.loads((write_byte_level(tmp_path) / "tokenizer.json").read_text())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] == "<|endoftext|>"]
+    for name in ("<|im_start|>", "<|im_end|>"):
+        del spec["model"]["vocab"][name]
+    spec["model"]["vocab"] = {piece: id for id, piece in enumerate(spec["model"]["vocab"])}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    size = len(spec["model"]["vocab"])
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    tokens = {"<|endoftext|>": 0, "<|im_start|>": size, "<|im_end|>": size + 1, "<think>": size + 2}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "extra_special_tokens": ["<|im_start|>"], "chat_template": CHATML}
+    if file == "added_tokens.json":
+        del tokens["<think>"]
+        (tmp_path / file).write_text(json.dumps(tokens))
+    else:
+        config["added_tokens_decoder"] = {str(id): {"content": name, **flags, "special": name != "<think>"} for name, id in reversed(tokens.items())}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, ref = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.eos_ids == (size + 1,) and ours.vocab_size == len(ref) == size + len(tokens) - 1
+    for text in TEXTS + ["a <think>b"]:
+        assert ours.encode(text) == ref.encode(text, add_special_tokens=False)
+        assert ours.decode(ours.encode(text)) == text
+        for messages in conversations(text):
+            assert ours.chat(messages) == reference_chat(ref, messages, True)
+    assert size + 1 not in ours.encode("<|im_end|>") and ours.decode(ours.encode("<|im_end|>")) == "<|im_end|>"
+
+
+def test_added_tokens_that_contradict_the_vocabulary(tmp_path):
+    """Early conversions number some wrongly: an id that has a piece keeps it; one after a gap would load as another."""
+    write_byte_level(tmp_path)
+    size = load_tokenizer(tmp_path).vocab_size
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<s>": 5, "<|im_end|>": 7, "<pad>": size}))
+    assert load_tokenizer(tmp_path).special_ids == {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "<pad>": size}
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<pad>": size + 1}))
+    with pytest.raises(ValueError, match=f"'<pad>' has id {size + 1}.*no gap"):
+        load_tokenizer(tmp_path)
+
+
 def test_token_text_keeps_blanks_and_names(tmp_path):
     ours = load_tokenizer(write_byte_level(tmp_path))
     ids = ours.encode("<|im_start|> the é", special=True)
