@@ -7,7 +7,8 @@
 Three rules hold for every kind:
 
 * Text is data. `<s>` or `<|im_end|>` written by a user is encoded as the characters it consists of; only
-  `special=True`, or the chat template itself, makes control tokens.
+  `special=True`, or the chat template itself, makes control tokens. (An ordinary character that is named as pad or end
+  token, "!" or "?", stays an ordinary character.)
 * `bos_id` is the token that *every* sequence of this model starts with, or None where sequences start without
   one (Qwen, SmolLM2, BLOOM), even if some file names a BOS token.
 * `eos_ids` are all tokens that end generation; the first is the one appended to answers in training.
@@ -46,8 +47,9 @@ class Tokenizer:
     more rows. pad_id fills batches and may equal an eos id: masks must come from lengths, never from ids.
     """
 
-    def __init__(self, kind, plain_size, special_ids, settings, *, starts_with_bos, eos_names=()):
-        """plain_size: ids from here on stand for text only where special_ids names them."""
+    def __init__(self, kind, plain_size, special_ids, settings, *, starts_with_bos, eos_names=(), text_ids=None):
+        """text_ids: tokens by name which are text all the same. plain_size: ids from here on stand for something only
+        where special_ids or text_ids name them."""
         longest = max(special_ids, key=len, default="")
         if len(longest) > MAX_NAME:
             raise ValueError(f"the name of a control token has {len(longest)} characters, more than {MAX_NAME}: {longest[:40]!r}...")
@@ -64,10 +66,11 @@ class Tokenizer:
         self.chat_template = settings.chat_template
 
         add_bos = starts_with_bos if settings.add_bos is None else settings.add_bos
-        self.bos_id = special_ids.get(settings.names.get("bos_token")) if add_bos else None
-        own = [special_ids[name] for name in (settings.names.get("eos_token"), *eos_names) if name in special_ids]
+        named = {**(text_ids or {}), **special_ids}
+        self.bos_id = named.get(settings.names.get("bos_token")) if add_bos else None
+        own = [named[name] for name in (settings.names.get("eos_token"), *eos_names) if name in named]
         self.eos_ids = _merge_eos(list(dict.fromkeys(own)), settings.generation_eos)
-        pad = special_ids.get(settings.names.get("pad_token"))
+        pad = named.get(settings.names.get("pad_token"))
         self.pad_id = pad if pad is not None else (self.eos_ids or (0,))[0]
 
     def _encode_parts(self, parts) -> list[int]:
@@ -261,7 +264,8 @@ class JsonTokenizer(Tokenizer):
     """A `tokenizer.json` (also built from tiktoken ranks), run by the `tokenizers` library.
 
     That library matches control tokens inside any text. So each of them is renamed, inside it, to a random word
-    made anew at every load: only we can write it, and a look-alike is plain text.
+    made anew at every load: only we can write it, and a look-alike is plain text. A single character that is a piece
+    of the vocabulary, such as "!" named as pad_token, keeps its name: texts need it.
     """
 
     def __init__(self, spec, settings, *, kind="json", eos_names=()):
@@ -269,7 +273,7 @@ class JsonTokenizer(Tokenizer):
 
         secret = secrets.token_hex(8)
         vocab = spec["model"]["vocab"]  # {piece: id}, or [[piece, score], ...] in unigram models
-        ids = vocab if isinstance(vocab, dict) else {piece: id for id, (piece, _) in enumerate(vocab)}
+        ids = dict(vocab) if isinstance(vocab, dict) else {piece: id for id, (piece, _) in enumerate(vocab)}
         added = {token["content"]: token for token in spec.setdefault("added_tokens", [])}
         taken = {*ids.values(), *(token["id"] for token in added.values())}
         declared = {name: {"content": name, **CONTROL_FLAGS, "id": ids[name]} for name in settings.names.values() if name in ids}
@@ -279,9 +283,16 @@ class JsonTokenizer(Tokenizer):
         declared = {name: token for name, token in declared.items() if name not in added}
         added |= declared
         spec["added_tokens"] += declared.values()
-        special_ids = {}
+        self._byte_level = '"ByteLevel"' in json.dumps(spec.get("decoder"))
+        adds_blanks = not self._byte_level or '"add_prefix_space": true' in json.dumps(spec.get("pre_tokenizer"))
+        special_ids, text_ids = {}, {}
         for name, token in added.items():
             if not settings.is_control(token):
+                continue
+            if len(name) == 1 and name in ids:
+                text_ids[name] = token["id"]
+                if adds_blanks:  # behind every token that the library cuts out of a text: "hell o" with "l" as pad_token
+                    spec["added_tokens"].remove(token)
                 continue
             special_ids[name] = token["id"]
             token.update(content=f"{secret}.{token['id']}.", special=True, normalized=False, single_word=False)
@@ -291,6 +302,9 @@ class JsonTokenizer(Tokenizer):
                 vocab[ids[name]] = [token["content"], vocab[ids[name]][1]]
             if spec["model"].get("unk_token") == name:
                 spec["model"]["unk_token"] = token["content"]
+        if special_ids.keys() & ids.keys() and spec["model"].get("merges"):  # text is not merged into a control token either
+            pairs = [(merge, merge.split(" ") if isinstance(merge, str) else merge) for merge in spec["model"]["merges"]]
+            spec["model"]["merges"] = [merge for merge, pair in pairs if special_ids.keys().isdisjoint([*pair, "".join(pair)])]
         starts_with_bos = _first_token(spec.get("post_processor"))
         if starts_with_bos in special_ids:
             settings.names.setdefault("bos_token", starts_with_bos)
@@ -301,9 +315,8 @@ class JsonTokenizer(Tokenizer):
         for name, token in added.items():
             if (name in special_ids or name in declared) and self._rust.token_to_id(token["content"]) != token["id"]:
                 raise ValueError(f"the added token {name!r} has id {token['id']}, but loads as another one: the ids of added tokens must leave no gap")
-        self._byte_level = '"ByteLevel"' in json.dumps(spec.get("decoder"))
         size = max(self._rust.get_vocab(with_added_tokens=True).values()) + 1
-        super().__init__(kind, size, special_ids, settings, eos_names=eos_names,
+        super().__init__(kind, size, special_ids, settings, eos_names=eos_names, text_ids=text_ids,
                          starts_with_bos=starts_with_bos is not None)
 
     def spec(self):

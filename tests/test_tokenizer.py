@@ -279,6 +279,42 @@ def test_added_tokens_that_contradict_the_vocabulary(tmp_path):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["pad_token", "eos_token", "unk_token"])
+@pytest.mark.parametrize("saved", [False, True])
+def test_an_ordinary_character_named_as_special_stays_in_texts(kind, saved, tmp_path):
+    """GPT-2's "!" as pad_token vanished from every text; where it has merges, the file was called damaged."""
+    transformers = pytest.importorskip("transformers")
+    for character in "?te+":
+        write_byte_level(tmp_path, tokenizer_class="PreTrainedTokenizerFast", **{kind: character})
+        if saved:
+            transformers.AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
+        ours, ref = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+        id = ref.convert_tokens_to_ids(character)
+        assert {"pad_token": ours.pad_id, "eos_token": ours.eos_ids[0], "unk_token": id}[kind] == id and character not in ours.special_ids
+        for text in TEXTS + ["what? 1++2 tell??", "<|im_end|>", character]:
+            assert ours.decode(ours.encode(text)) == text
+            if text != "<|im_end|>":
+                assert ours.encode(text) == ref.encode(text, add_special_tokens=False)
+        assert not set(ours.encode("<|im_end|>")) & {0, 1, 2}
+
+
+def test_an_ordinary_character_named_as_special_brings_no_blanks(tmp_path):
+    """As an added token of a tokenizer that puts a blank before each text, transformers decodes "hel lo"."""
+    write_llama_like(tmp_path)
+    plain = load_tokenizer(tmp_path).encode("hello l")
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "l"}')
+    tok = load_tokenizer(tmp_path)
+    assert tok.encode("hello l") == plain and tok.decode(plain) == "hello l" and tok.pad_id in plain
+
+
+def test_text_is_not_merged_into_a_control_token(tmp_path):
+    """A pad token of several characters with merges of its own: the file was called damaged."""
+    write_byte_level(tmp_path, pad_token="the")
+    tok = load_tokenizer(tmp_path)
+    assert tok.pad_id == tok.special_ids["the"] and tok.pad_id not in tok.encode("the other")
+    assert tok.decode(tok.encode("the other")) == "the other"
+
+
 def test_token_text_keeps_blanks_and_names(tmp_path):
     ours = load_tokenizer(write_byte_level(tmp_path))
     ids = ours.encode("<|im_start|> the é", special=True)
