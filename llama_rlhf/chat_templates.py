@@ -73,10 +73,13 @@ def environment():
     def raise_exception(message):
         raise TemplateError(message)
 
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
     result = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
-    result.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    result.filters["tojson"] = tojson
     result.globals["raise_exception"] = raise_exception
     result.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     datetime.datetime.now().strftime("%c")     # reads the time zone while files can still be opened

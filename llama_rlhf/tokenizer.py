@@ -543,11 +543,12 @@ class _Settings:
             _expected("eos_token_id", eos, int, type(None))  # fmt: skip
         template = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
         if (folder / "chat_template.jinja").is_file():
-            with open(folder / "chat_template.jinja", encoding="utf-8") as f:
-                template = f.read(MAX_TEMPLATE + 1)
+            template = _read_template(folder / "chat_template.jinja")
         if isinstance(template, list):  # [{"name": ..., "template": ...}, ...]
             template = {item["name"]: item["template"] for item in template}
         self.templates = template if isinstance(template, dict) else {"default": template} if template else {}
+        for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):  # as transformers 5 saves named ones
+            self.templates[file.stem] = _read_template(file)
         for template in self.templates.values():
             if len(_expected("chat_template", template, str)) > MAX_TEMPLATE:
                 raise ValueError(f"a chat template of more than {MAX_TEMPLATE} characters")
@@ -556,6 +557,13 @@ class _Settings:
     def is_control(self, token):
         """Other added tokens, such as Qwen's <think>, are part of the vocabulary as far as text goes."""
         return token.get("special") or token["content"] in self.names.values() or token["content"] in self.needs
+
+
+def _read_template(file):
+    if not file.is_file():
+        raise ValueError(f"{file}: not a file")  # a pipe would never end
+    with open(file, encoding="utf-8") as f:
+        return f.read(MAX_TEMPLATE + 1)
 
 
 def _expected(name, value, *kinds):

@@ -18,6 +18,7 @@ from llama_rlhf.checkpoint.formats import CheckpointError, TensorInfo
 from llama_rlhf.checkpoint.shards import load_model, save_model, split_checkpoint
 from llama_rlhf.checkpoint.writer import SafetensorsWriter
 from llama_rlhf.parallel.layers import Lora
+from llama_rlhf.tokenizer import load_tokenizer
 
 ROW = [5, 17, 90, 3, 3, 64, 20, 1, 2, 77]
 
@@ -127,6 +128,15 @@ def test_metas_shards_export_with_tokenizer_and_dtype(world_of_one, tmp_path):
     # and in the bits of its config that change results
     for key in ("rms_norm_eps", "hidden_size", "num_key_value_heads", "intermediate_size", "head_dim"):
         assert getattr(model.config, key) == pytest.approx(getattr(reference.config, key)), key
+
+
+def test_a_template_in_a_json_file_of_its_own_goes_along(world_of_one, tmp_path):
+    """chat_template.json was read, but not copied: a split or trained model had lost its template."""
+    make_hf(tmp_path / "hf", "llama", vocab_size=260)
+    (tmp_path / "hf" / "tokenizer.bytes.json").write_text('{"kind": "bytes"}')
+    (tmp_path / "hf" / "chat_template.json").write_text('{"chat_template": "hi"}')
+    split_checkpoint(str(tmp_path / "hf"), str(tmp_path / "n2"), 2)
+    assert load_tokenizer(tmp_path / "n2").chat_template == "hi"
 
 
 def test_what_a_foreign_folder_cannot_hold_is_refused(world_of_one, tmp_path):

@@ -213,6 +213,25 @@ def test_every_place_of_a_chat_template(tmp_path):
         load_tokenizer(tmp_path, chat_format="llama-3")
 
 
+def test_named_templates_as_transformers_saves_them(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    write_byte_level(tmp_path, tokenizer_class="PreTrainedTokenizerFast")
+    ref = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ref.chat_template = {"default": "one", "tool": "two"}
+    ref.save_pretrained(tmp_path)
+    assert (tmp_path / "additional_chat_templates" / "tool.jinja").is_file()
+    assert load_tokenizer(tmp_path).chat_template == "one" and load_tokenizer(tmp_path, chat_format="tool").chat_template == "two"
+
+
+def test_tojson_takes_the_options_it_has_in_transformers(tmp_path):
+    pytest.importorskip("transformers")
+    template = ("{{ messages | tojson }}{{ messages | tojson(ensure_ascii=True, indent=1) }}"
+                "{{ messages | tojson(separators=(',', ':'), sort_keys=True) }}{{ messages | tojson(false, 2) }}")  # fmt: skip
+    ours = load_tokenizer(write_byte_level(tmp_path, template=template))
+    for messages in conversations("é <b>"):
+        assert ours.chat(messages) == reference_chat(reference(tmp_path, chat_template=template), messages, True)
+
+
 def test_template_errors_are_explained(tmp_path):
     tok = load_tokenizer(write_llama_like(tmp_path))
     with pytest.raises(ValueError, match="refuses these messages: only user and assistant"):

@@ -30,7 +30,7 @@ from llama_rlhf.parallel.partition import Partition
 # what stands beside the weights and travels with them
 COMPANIONS = ("tokenizer.model", "tokenizer.model.v1", "tokenizer.model.v3", "tokenizer.json", "tokenizer_config.json",
               "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "qwen.tiktoken",
-              "tokenizer.bytes.json", "chat_template.jinja", "generation_config.json")
+              "tokenizer.bytes.json", "chat_template.jinja", "chat_template.json", "generation_config.json")
 _LM_HEAD = frozenset({"output.weight", "lm_head.weight"})         # stands beside the value head where both were trained
 _STORED = ("causal_lm", "value_model")
 
