@@ -176,7 +176,7 @@ class Tokenizer:
 
 
 def _merge_eos(own, generation):
-    """The ids that end generation: a list in generation_config.json wins, a single id there is added to our own.
+    """The ids that end generation: a list in generation_config.json (or config.json) wins, a single id is added to our own.
     The tokenizer's eos stays first where it is among them: Llama 3 chat models list three, and train one."""
     if isinstance(generation, list):
         first = [id for id in own if id in generation][:1]
@@ -538,7 +538,8 @@ class _Settings:
             self.added[_expected("content", token["content"], str)] = {"id": int(id), "content": token["content"], **flags}
         for name, id in _read_json(folder / "added_tokens.json").items():
             self.added[name] = {"content": name, **CONTROL_FLAGS, **self.added.get(name, {}), "id": _expected(name, id, int)}
-        eos = _read_json(folder / "generation_config.json").get("eos_token_id")
+        generation = folder / "generation_config.json"
+        eos = _read_json(generation if generation.is_file() else folder / "config.json").get("eos_token_id")
         self.generation_eos = [_expected("eos_token_id", id, int) for id in eos] if isinstance(eos, list) else \
             _expected("eos_token_id", eos, int, type(None))  # fmt: skip
         template = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")

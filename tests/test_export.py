@@ -139,6 +139,25 @@ def test_a_template_in_a_json_file_of_its_own_goes_along(world_of_one, tmp_path)
     assert load_tokenizer(tmp_path / "n2").chat_template == "hi"
 
 
+@pytest.mark.parametrize("generation", [None, {"do_sample": True}])
+def test_end_tokens_that_only_the_config_names_go_along(generation, world_of_one, tmp_path):
+    """Without a generation_config.json transformers takes config.json's; a split left them behind, an export lost them with one that lacks them."""
+    make_hf(tmp_path / "hf", "llama", vocab_size=260, bos_token_id=3, eos_token_id=[5, 9])
+    (tmp_path / "hf" / "tokenizer.bytes.json").write_text('{"kind": "bytes"}')
+    os.remove(tmp_path / "hf" / "generation_config.json")
+    if generation:
+        (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(generation))
+    else:
+        assert transformers_model(tmp_path / "hf").generation_config.eos_token_id == [5, 9]
+        split_checkpoint(str(tmp_path / "hf"), str(tmp_path / "n2"), 2)
+        assert load_tokenizer(tmp_path / "n2").eos_ids == load_tokenizer(tmp_path / "hf").eos_ids == (5, 9)
+    export_hf(str(tmp_path / "hf"), str(tmp_path / "out"))
+    model = transformers_model(tmp_path / "out")
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == [5, 9] and model.config.bos_token_id == 3
+    if generation:
+        assert model.generation_config.do_sample
+
+
 def test_what_a_foreign_folder_cannot_hold_is_refused(world_of_one, tmp_path):
     from llama_rlhf.models.transformer import ValueModel
     make_hf(tmp_path / "hf", "llama")

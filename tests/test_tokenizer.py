@@ -193,6 +193,15 @@ def test_eos_list_of_generation_config(tmp_path, generation, expected):
     assert load_tokenizer(tmp_path).eos_ids == expected
 
 
+@pytest.mark.parametrize("named, expected", [(0, (2, 0)), ([0, 1], (0, 1)), (None, (2,))])
+def test_eos_of_config_json_counts_without_a_generation_config(named, expected, tmp_path):
+    write_byte_level(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": named}))
+    assert load_tokenizer(tmp_path).eos_ids == expected
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert load_tokenizer(tmp_path).eos_ids == (2,)
+
+
 def test_every_place_of_a_chat_template(tmp_path):
     messages = [{"role": "user", "content": "x"}]
     write_byte_level(tmp_path, template=[{"name": "default", "template": "one"}, {"name": "tool", "template": "two"}])

@@ -88,11 +88,12 @@ def export_hf(source: str, folder: str, *, dtype: torch.dtype | None = None, mod
 
         def write(temporary: str) -> None:
             copy_companions(tokenizer or rewrite.tokenizer_source, temporary)
-            special = _special_ids(temporary)
+            special = _special_ids(temporary, tokenizer or rewrite.tokenizer_source)
             store.write_json(os.path.join(temporary, "config.json"), {
                 **family.write_hf(config), **special, "torch_dtype": _common_dtype(infos)})
-            if special and not os.path.exists(os.path.join(temporary, "generation_config.json")):
-                store.write_json(os.path.join(temporary, "generation_config.json"), special)
+            generation = _json(temporary, "generation_config.json")
+            if generation | special != generation:
+                store.write_json(os.path.join(temporary, "generation_config.json"), generation | special)
             try:
                 if wrong := write_fast_tokenizer(temporary):
                     groups.log(f"note: tokenizer.json {'encodes otherwise than' if os.path.exists(os.path.join(temporary, 'tokenizer.json')) else 'cannot encode as'} "
@@ -202,17 +203,21 @@ def _group(infos: dict[str, TensorInfo], limit: int) -> dict[str, list[str]]:
     return {f"model-{i:05d}-of-{len(ordered):05d}.safetensors": names for i, names in enumerate(ordered, 1)}
 
 
-def _special_ids(folder: str) -> dict:
-    """bos, eos and pad ids: of generation_config.json if there is one, else of the tokenizer."""
+def _json(folder: str, name: str) -> dict:
+    path = os.path.join(folder, name)
+    return read_json(path) if os.path.isfile(path) else {}
+
+
+def _special_ids(folder: str, source: str) -> dict:
+    """bos, eos and pad ids: of generation_config.json in `folder`; those it lacks, of the source's config.json; else of the tokenizer."""
     from llama_rlhf.tokenizer import load_tokenizer
-    path = os.path.join(folder, "generation_config.json")
-    if os.path.exists(path):
-        values = read_json(path)
-        return {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if values.get(key) is not None}
+    known = [_json(folder, "generation_config.json"), _json(source, "config.json")]
     try:
         tokenizer = load_tokenizer(folder)
+        eos = list(tokenizer.eos_ids)
+        pad = None if known[0] and tokenizer.pad_id in eos else tokenizer.pad_id       # transformers does not train the embedding of a pad token
+        known.append({"bos_token_id": tokenizer.bos_id, "eos_token_id": eos[0] if len(eos) == 1 else eos, "pad_token_id": pad})
     except (ValueError, FileNotFoundError):     # the weights are of use without it
-        return {}
-    eos = list(tokenizer.eos_ids)
-    values = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos[0] if len(eos) == 1 else eos, "pad_token_id": tokenizer.pad_id}
-    return {key: value for key, value in values.items() if value not in (None, [])}
+        pass
+    found = {key: [ids[key] for ids in known if ids.get(key) not in (None, [], -1)] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {key: values[0] for key, values in found.items() if values}

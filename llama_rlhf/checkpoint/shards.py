@@ -18,7 +18,7 @@ from torch import nn
 from llama_rlhf import __version__
 from llama_rlhf.checkpoint import store
 from llama_rlhf.checkpoint.convert import NativeView, load_config, read_manifest
-from llama_rlhf.checkpoint.formats import Checkpoint, CheckpointError, open_checkpoint, open_file
+from llama_rlhf.checkpoint.formats import Checkpoint, CheckpointError, open_checkpoint, open_file, read_json
 from llama_rlhf.checkpoint.writer import PthWriter
 from llama_rlhf.config import ModelConfig
 from llama_rlhf.models import write_params
@@ -193,8 +193,24 @@ def copy_companions(source: str, target: str) -> dict:
     for folder in (source, os.path.dirname(os.path.abspath(source))):      # Meta keeps tokenizer.model one folder up
         found = [name for name in COMPANIONS if os.path.isfile(os.path.join(folder, name))]
         if any("tokenizer" in name or "tiktoken" in name for name in found):
-            return {name: store.copy_file(os.path.join(folder, name), os.path.join(target, name)) for name in found}
+            entries = {name: store.copy_file(os.path.join(folder, name), os.path.join(target, name)) for name in found}
+            if "generation_config.json" not in found and (eos := _eos_of_config(folder)) is not None:
+                entries["generation_config.json"] = store.write_json(os.path.join(target, "generation_config.json"), {"eos_token_id": eos})
+            return entries
     return {}
+
+
+def _eos_of_config(folder: str) -> int | list[int] | None:
+    """What ends generation, if config.json, which stays behind, has a say in it."""
+    from llama_rlhf.tokenizer import load_tokenizer
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path) or read_json(path).get("eos_token_id") is None:
+        return None
+    try:
+        eos = list(load_tokenizer(folder).eos_ids)
+    except (ValueError, FileNotFoundError):     # the weights are of use without a tokenizer
+        return None
+    return eos[0] if len(eos) == 1 else eos or None
 
 
 def _write_companions(temporary: str, config: ModelConfig, source: str) -> dict:
