@@ -50,23 +50,23 @@ class Tokenizer:
     def __init__(self, kind, plain_size, special_ids, settings, *, starts_with_bos, eos_names=(), text_ids=None):
         """text_ids: tokens by name which are text all the same. plain_size: ids from here on stand for something only
         where special_ids or text_ids name them."""
-        longest = max(special_ids, key=len, default="")
+        named = {**(text_ids or {}), **special_ids}
+        longest = max(named, key=len, default="")
         if len(longest) > MAX_NAME:
-            raise ValueError(f"the name of a control token has {len(longest)} characters, more than {MAX_NAME}: {longest[:40]!r}...")
+            raise ValueError(f"the name of an added token has {len(longest)} characters, more than {MAX_NAME}: {longest[:40]!r}...")
         self.kind = kind
-        self.vocab_size = max(plain_size, *(id + 1 for id in special_ids.values()), 0)
+        self.vocab_size = max(plain_size, *(id + 1 for id in named.values()), 0)
         self._plain_size = plain_size
         self.special_ids = special_ids
         self._special_names = {id: name for name, id in special_ids.items()}
-        by_length = sorted(special_ids, key=len, reverse=True)  # the longest name wins where two begin alike
-        self._special_pattern = re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
+        self._text_names = {id: name for name, id in (text_ids or {}).items()}
+        self._special_pattern = _any_of(special_ids)
         self._special_heads = tuple({name[:n] for name in special_ids for n in range(1, len(name))})
         self._special_tails = tuple({name[n:] for name in special_ids for n in range(1, len(name))})
         self._settings = settings
         self.chat_template = settings.chat_template
 
         add_bos = starts_with_bos if settings.add_bos is None else settings.add_bos
-        named = {**(text_ids or {}), **special_ids}
         self.bos_id = named.get(settings.names.get("bos_token")) if add_bos else None
         own = [named[name] for name in (settings.names.get("eos_token"), *eos_names) if name in named]
         self.eos_ids = _merge_eos(list(dict.fromkeys(own)), settings.generation_eos)
@@ -100,11 +100,7 @@ class Tokenizer:
 
     def _split(self, text):
         """Alternating runs of plain text (str) and control tokens (int)."""
-        parts, position = [], 0
-        for match in self._special_pattern.finditer(text):
-            parts += [text[position : match.start()], self.special_ids[match[0]]]
-            position = match.end()
-        return [part for part in [*parts, text[position:]] if part != ""]
+        return _split(text, self._special_pattern, self.special_ids)
 
     # -- ids to text --
 
@@ -118,14 +114,14 @@ class Tokenizer:
             elif 0 <= id < self._plain_size:
                 runs[-1].append(id)
             else:
-                runs += ["\ufffd", []]
+                runs += [self._text_names.get(id, "\ufffd"), []]
         return "".join(run if isinstance(run, str) else self._decode_text(run) for run in runs if run)
 
     def token_text(self, id):
         """One token as shown to a person: its leading space kept, a part of a character as \ufffd."""
         if id in self._special_names:
             return self._special_names[id]
-        return self._piece_text(id) if 0 <= id < self._plain_size else "\ufffd"
+        return self._piece_text(id) if 0 <= id < self._plain_size else self._text_names.get(id, "\ufffd")
 
     # -- chat --
 
@@ -173,6 +169,20 @@ class Tokenizer:
         names = {"bos_token": "", "eos_token": "", **self._settings.names}
         return chat_templates.render(self.chat_template, messages=messages, add_generation_prompt=add_generation_prompt,
                                      tools=None, documents=None, **names)  # fmt: skip
+
+
+def _any_of(names):
+    by_length = sorted(names, key=len, reverse=True)  # the longest name wins where two begin alike
+    return re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
+
+
+def _split(text, pattern, ids):
+    """Alternating runs of plain text (str) and the ids of what the pattern found (int)."""
+    parts, position = [], 0
+    for match in pattern.finditer(text):
+        parts += [text[position : match.start()], ids[match[0]]]
+        position = match.end()
+    return [part for part in [*parts, text[position:]] if part != ""]
 
 
 def _merge_eos(own, generation):
@@ -229,17 +239,22 @@ class SentencePieceTokenizer(Tokenizer):
             if id >= 0:
                 names.setdefault(f"{kind}_token", self._model.IdToPiece(id))
         settings.names = names
-        special_ids.update({name: token["id"] for name, token in settings.added.items() if token["id"] >= size})
+        extra = {name: token for name, token in settings.added.items() if token["id"] >= size}
+        special_ids.update({name: token["id"] for name, token in extra.items() if settings.is_control(token)})
+        self._text_ids = {name: token["id"] for name, token in extra.items() if name not in special_ids}
+        self._text_pattern = _any_of(self._text_ids)
         if settings.chat_template is None and "[INST]" in special_ids:
             settings.chat_template = CHAT_FORMATS["mistral-v3"]["template"]
-        super().__init__("sentencepiece", size, special_ids, settings, starts_with_bos=True)
+        super().__init__("sentencepiece", size, special_ids, settings, starts_with_bos=True, text_ids=self._text_ids)
 
     def pieces(self):
-        """(text, score, type) of every id, types as in tokenizer.ggml.token_type: 1 normal, 2 unknown, 3 control, 5 unused, 6 byte."""
+        """(text, score, type) of every id, types as in tokenizer.ggml.token_type: 1 normal, 2 unknown, 3 control, 4 added text, 5 unused, 6 byte."""
         model, of = self._model, self._model.vocab_size()
         kinds = [2 if model.IsUnknown(id) else 3 if model.IsControl(id) else 6 if model.IsByte(id) else 1 for id in range(of)]
         own = [(model.IdToPiece(id), model.GetScore(id), kind) for id, kind in enumerate(kinds)]
-        return own + [(self._special_names.get(id, f"<unused {id}>"), 0.0, 3 if id in self._special_names else 5) for id in range(of, self.vocab_size)]
+        names = {**self._text_names, **self._special_names}
+        kinds = [3 if id in self._special_names else 4 if id in names else 5 for id in range(of, self.vocab_size)]
+        return own + [(names.get(id, f"<unused {id}>"), 0.0, kind) for id, kind in enumerate(kinds, of)]
 
     def _encode_parts(self, parts):
         ids = []
@@ -250,7 +265,8 @@ class SentencePieceTokenizer(Tokenizer):
                 # Every piece of text gets sentencepiece's own leading space. Templates that write this space after
                 # a control token ("[INST] {text}") would otherwise have it twice.
                 with reading("tokenizer.model", "cannot encode this text with it"):  # half of a surrogate pair, from json
-                    ids += self._model.EncodeAsIds(part[1:] if n and part[0] == " " else part)
+                    for piece in _split(part[1:] if n and part[0] == " " else part, self._text_pattern, self._text_ids):
+                        ids += [piece] if isinstance(piece, int) else self._model.EncodeAsIds(piece)
         return ids
 
     def _decode_text(self, ids):

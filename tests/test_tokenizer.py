@@ -505,6 +505,35 @@ def test_extra_tokens_beside_the_model(sentencepiece_folder, tmp_path):
     assert tok.decode([size + 1]) == "\ufffd"  # a gap between the names
 
 
+def test_added_text_beside_the_model(sentencepiece_folder, tmp_path):
+    """<think> with "special": false was taken for a control token: spelled out in texts, left out when decoded."""
+    from llama_rlhf.checkpoint.gguf_tokenizer import write_fast_tokenizer
+
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "tokenizer.model").write_bytes((sentencepiece_folder / "tokenizer.model").read_bytes())
+    size = load_tokenizer(tmp_path).vocab_size
+    flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    extra = {"<think>": False, "<think>>": False, "<|im_start|>": False, "<|im_end|>": True}
+    added = {str(size + n): {"content": name, **flags, "special": special} for n, (name, special) in enumerate(extra.items())}
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast", "legacy": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**names, "added_tokens_decoder": added}))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({token["content"]: int(id) for id, token in added.items()}))
+    tok, ref = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    texts = TEXTS + ["hello <think>so", "<think><think>> hello<think> ", "<think>\n12"]
+    for text in texts:
+        ids = tok.encode(text)
+        assert ids == ref.encode(text, add_special_tokens=False)
+        assert tok.decode(ids) == text
+    assert tok.token_text(size) == tok.decode([size]) == "<think>"
+    assert size + 3 not in tok.encode("<|im_end|>") and tok.vocab_size == size + 4
+    chatml = load_tokenizer(tmp_path, chat_format="chatml")  # its control tokens are, whatever the file says of them
+    ids = chatml.chat([{"role": "user", "content": "<|im_start|><think>"}])
+    assert ids.count(size + 2) == 3 and ids.count(size) == 1
+    assert write_fast_tokenizer(tmp_path) == []
+    again = load_tokenizer(tmp_path)
+    assert again.kind == "json" and [again.encode(text) for text in texts] == [tok.encode(text) for text in texts]
+
+
 @pytest.mark.parametrize(
     "path, chat_format, version",
     [
