@@ -172,7 +172,7 @@ class Tokenizer:
 
 
 def _any_of(names):
-    by_length = sorted(names, key=len, reverse=True)  # the longest name wins where two begin alike
+    by_length = sorted(filter(None, names), key=len, reverse=True)  # the longest name wins where two begin alike
     return re.compile("|".join(map(re.escape, by_length)) or r"(?!)")
 
 

@@ -505,6 +505,14 @@ def test_extra_tokens_beside_the_model(sentencepiece_folder, tmp_path):
     assert tok.decode([size + 1]) == "\ufffd"  # a gap between the names
 
 
+def test_an_added_token_without_a_name_is_never_found(sentencepiece_folder, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes((sentencepiece_folder / "tokenizer.model").read_bytes())
+    plain = load_tokenizer(tmp_path)
+    added = {str(plain.vocab_size + n): {"content": name, "special": False} for n, name in enumerate(("", "<think>"))}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    assert load_tokenizer(tmp_path).encode("hello") == plain.encode("hello")
+
+
 def test_added_text_beside_the_model(sentencepiece_folder, tmp_path):
     """<think> with "special": false was taken for a control token: spelled out in texts, left out when decoded."""
     from llama_rlhf.checkpoint.gguf_tokenizer import write_fast_tokenizer
