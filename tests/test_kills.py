@@ -300,7 +300,7 @@ def test_no_save_is_removed_that_is_not_computed_again(world_of_one, tmp_path, c
         assert f"{tmp_path / name / holder} holds step-" in refusal and f"{tmp_path / name / lacks} does not" in refusal
         assert held == [[f"step-{n}" for n in steps] for steps in (actor, critic)]
     refusal, *held = _start(*run("mixed", (), (1,), elsewhere="old"))
-    assert f"saved to {tmp_path / 'old/actor'} and {tmp_path / 'old/critic'}" in refusal and held == [[], ["step-1"]]
+    assert f"a run that saved to {tmp_path / 'old/actor'} and {tmp_path / 'old/critic'}." in refusal and held == [[], ["step-1"]]
     assert _start(*run("moved", (1,), (1, 2), elsewhere="old")) == (["step-1", "step-1"], ["step-1"], ["step-1", "step-2.alone"])
     # damaged: weights, and the manifest
     for file in ("a.json", "manifest.json"):

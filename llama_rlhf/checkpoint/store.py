@@ -266,9 +266,10 @@ def find_start(save_dirs: list[str], run: dict, resume: str) -> tuple[list[str],
         with groups.together("comparing the folders"):
             leaves = {path: ".corrupt" for path in damaged} if damaged else _without_partner(save_dirs, saves, step)
         for path, suffix in leaves.items():
-            if suffix:
-                groups.log(f"{path} is moved aside as {_aside(path, suffix)}; " + ("going on from what is whole, or from the start" if damaged else
-                                                                                    "what it was saved with is damaged, or the folders were moved"))
+            if suffix == ".corrupt":
+                groups.log(f"{path} is moved aside as {_aside(path, suffix)}; going on from what is whole, or from the start")
+            elif suffix:
+                groups.log(f"{path} is moved aside as {_aside(path, suffix)}; what it was saved with is damaged, or the folders were moved")
         with groups.together("clearing what will be computed again"):
             if groups.is_main():
                 for path, suffix in leaves.items():
@@ -298,9 +299,9 @@ def _without_partner(save_dirs: list[str], saves: list[dict[int, str]], step: in
                 continue
             died_here, moved = folder == save_dirs[-1] and len(later) == 1, folders != list(map(os.path.abspath, save_dirs))
             if not died_here or moved and step < 0:
-                raise ValueError(f"{folder} holds {name}, but {next(other for other, those in zip(save_dirs, saves) if later[-1] not in those)} does not"
-                                 + (f"; the run that made it saved to {' and '.join(folders)}" if folders and moved else "")
-                                 + ". Give the folders of one run to continue it, or choose new ones.")
+                lacks = next(other for other, those in zip(save_dirs, saves) if later[-1] not in those)
+                belongs = f" It belongs to a run that saved to {' and '.join(folders)}." if folders and moved else ""
+                raise ValueError(f"{folder} holds {name}, but {lacks} does not. Give the folders of one run to continue it, or choose new ones.{belongs}")
             found[path] = ".alone" if moved else ""
     return found
 
