@@ -404,7 +404,8 @@ def main(
         run_log.write(f"saved {os.path.join(actor_save_dir, f'step-{step}')}")
 
     trainers = {"actor": actor_trainer, **({"critic": critic_trainer} if critic_trainer else {})}
-    invariants.start(roles.all(), trainers, tokenizer, fitting, step=start, max_seq_len=longest, chat=use_chat_template, temperature=temperature, doctor=doctor)
+    invariants.start(roles.all(), trainers, tokenizer, fitting, step=start, max_seq_len=longest, chat=use_chat_template, temperature=temperature, doctor=doctor,
+                     using=roles.using)
     interrupt = Interrupt()
     memory.start()
     if test_problems and not start:

@@ -251,7 +251,7 @@ def main(
             if save_steps > 0 and step % save_steps == 0 and step < min(seen, total_steps):
                 save(f"step-{step}", epoch)
             if step < min(seen, total_steps) and interrupt.asked():
-                if not os.path.exists(os.path.join(save_dir, f"step-{step}")):
+                if save_steps < 1 or step % save_steps:      # else it has just been saved
                     save(f"step-{step}", epoch)
                 interrupt.leave(run_log)
         finished_epoch = step == seen

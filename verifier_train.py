@@ -268,7 +268,7 @@ def main(
                 model.score = measure_score(model, examples, loss)
                 save(f"step-{step}", epoch)
             if step < min(seen, total_steps) and interrupt.asked():
-                if not os.path.exists(os.path.join(save_dir, f"step-{step}")):
+                if save_steps < 1 or step % save_steps:      # else it has just been saved
                     model.score = measure_score(model, examples, loss)
                     save(f"step-{step}", epoch)
                 interrupt.leave(run_log)

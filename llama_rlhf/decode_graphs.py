@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -43,15 +44,21 @@ class Recorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Callable[[], torch.Tensor]) -> tuple[Callable, torch.Tensor]:
-        aside = torch.cuda.Stream()         # libraries set themselves up on their first call with these shapes, which must not be recorded
+        aside = _side_stream()              # libraries set themselves up on their first call with these shapes, which must not be recorded
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             step()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=aside):
             states = step()
         return graph.replay, states
+
+
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    """One for all recordings: cuBLAS keeps a workspace for every stream that it has met."""
+    return torch.cuda.Stream()
 
 
 def records_steps(asked: str, config: ModelConfig) -> bool:

@@ -12,6 +12,7 @@ import math
 import random
 from array import array
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -180,19 +181,21 @@ def _raise(checks: list[Check], when: str, last_save: str = "") -> None:
         raise ValueError(f"{when}, what must hold does not: " + "; ".join(f"{c.name}: {c.seen}. Usual cause: {c.cause}" for c in broken) + f".{saved} --doctor checks more.")
 
 
-def start(models: dict, trainers: dict, tokenizer, examples, *, step: int, max_seq_len: int, chat: bool = False, temperature: float = 1.0, doctor: bool = False) -> None:
+def start(models: dict, trainers: dict, tokenizer, examples, *, step: int, max_seq_len: int, chat: bool = False, temperature: float = 1.0, doctor: bool = False,
+          using: Callable = lambda model: contextlib.nullcontext()) -> None:
     """Collective. Before the first step. ValueError on every rank when something does not hold.
 
     models, trainers: by role.  examples: training examples or prompts, with .tokens and .id.
-    doctor: all checks, a table, and the end of the program: exit code 0 when nothing failed.
+    using(model): inside, its weights are where they compute (see roles.Roles).  doctor: all checks, a table, and the end of the program: exit code 0 when nothing failed.
     """
     checks = _same_start(examples) + copies(models) + [counters(trainers, step=step)] + _texts(examples, tokenizer, max_seq_len, chat)
     if not doctor:
         return _raise(checks, "before the first step")
     for role, model in models.items():
-        if isinstance(model, CausalLM) and examples:
-            checks += _forward(role, model, tokenizer, examples, temperature)
-        bad = sum(groups.gather_objects(sum(not bool(p.isfinite().all()) for p in model.parameters())))
+        with using(model):
+            if isinstance(model, CausalLM) and examples:
+                checks += _forward(role, model, tokenizer, examples, temperature)
+            bad = sum(groups.gather_objects(sum(not bool(p.isfinite().all()) for p in model.parameters())))
         checks.append(Check(f"{role}: weights are finite", not bad, f"{bad} parameters hold NaN or infinity", "a damaged checkpoint, or one of a run that diverged"))
     table = groups.gather_objects([c.ok for c in checks])       # a rank that alone sees a failure counts
     checks = [Check(c.name, False if False in column else c.ok, c.seen, c.cause) for c, column in zip(checks, zip(*table))]

@@ -377,6 +377,9 @@ def test_roles_that_wait_elsewhere_change_nothing(lora_rank, toy, tmp_path):
     (code, _, err), = run_ranks(1, _with_idle_roles_away, {"device": "cpu", **SHORT, "actor_ckpt_dir": toy / "hf", "actor_save_dir": tmp_path / "move",
                                                            "train_file": toy / "prompts.json", **flags})
     assert code == 0, err[-2000:]
+    (code, out, err), = run_ranks(1, _with_idle_roles_away, {"device": "cpu", **SHORT, "actor_ckpt_dir": toy / "hf", "actor_save_dir": tmp_path / "doctor", "doctor": True,
+                                                             "train_file": toy / "prompts.json", **flags})
+    assert code == 0 and "reference: weights are finite" in out and "FAILED" not in out, out + err[-2000:]
     for a, b in zip(iterations(tmp_path / "stay"), iterations(tmp_path / "move")):
         assert numbers(a) == numbers(b)
     a, b = whole(tmp_path / "stay"), whole(tmp_path / "move")

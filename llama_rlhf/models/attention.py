@@ -237,7 +237,11 @@ def _fused(q, k, v, grid: Grid, window: int | None, bias: torch.Tensor | None) -
     mask = None if bias is None else bias[:, :n, :n].to(q.dtype)
     if window is not None and n > window:
         mask = _sees(slice(0, n), slice(0, n), window, q.device)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != n_kv_heads)
+    grouped = q.shape[1] != n_kv_heads
+    if grouped and q.is_cuda and (mask is not None or q.dtype == torch.float32 or torch.cuda.get_device_capability(q.device) < (8, 0)):
+        # only flash kernels share heads, and here none applies: what torch takes then writes all scores down
+        k, v, grouped = k.repeat_interleave(q.shape[1] // n_kv_heads, 1), v.repeat_interleave(q.shape[1] // n_kv_heads, 1), False
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     out = out.transpose(1, 2).flatten(0, 1)
     return out if grid.cells is None else Take.apply(out, grid.cells)
 

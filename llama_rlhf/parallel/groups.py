@@ -35,7 +35,8 @@ def initialize(model_parallel_size: int = -1, *, timeout_seconds: float = 600.0,
     Raises ValueError when the world does not divide or CUDA is asked for and absent.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_rank = next((int(os.environ[name]) for name in ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK") if name in os.environ), 0)
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"--device {device}: use auto, cpu or cuda")
     if not 0 < timeout_seconds <= 1e8:
@@ -139,7 +140,7 @@ def _resident_memory() -> int:
 def free_memory() -> int:
     """Bytes that this process may still take, its neighbours on this machine taking as much."""
     if device().type == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()     # what torch keeps for itself is free
     try:
         with open("/proc/meminfo") as file:
             available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))

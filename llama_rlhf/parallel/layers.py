@@ -21,7 +21,7 @@ from torch import nn
 
 from llama_rlhf.parallel import groups
 from llama_rlhf.parallel.partition import Partition, Range
-from llama_rlhf.parallel.regions import all_gather_tokens, copy_to_tp, reduce_from_tp, reduce_scatter_tokens, scatter_from_tp
+from llama_rlhf.parallel.regions import all_gather_tokens, all_reduce_, copy_to_tp, reduce_from_tp, reduce_scatter_tokens, scatter_from_tp
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,10 @@ def weights_held(model: nn.Module, n_rows: int):
     n_rows: of the usual product. Where memory is short nothing is copied.
     """
     copied = _copied(model)
-    if sum(module.weight.nbytes for module in copied) > groups.free_memory() / 2:
+    short = float(sum(module.weight.nbytes for module in copied) > groups.free_memory() / 2)
+    if groups.tp_size() > 1:        # all or none: a merged adapter rounds otherwise
+        short = float(all_reduce_(torch.tensor([short], device=groups.device()), "max"))
+    if short:
         copied = []
     for module in copied:
         weight: torch.Tensor = module.weight
