@@ -466,7 +466,8 @@ def main(
             save(step)
         if asked:
             interrupt.leave(run_log)
-    report_memory(run_log, memory, lambda: plan_ppo(cli.resolved, models=roles.all(), prompts=[len(p.tokens) for p in fitting]))
+    if start < iterations:      # else nothing was done
+        report_memory(run_log, memory, lambda: plan_ppo(cli.resolved, models=roles.all(), prompts=[len(p.tokens) for p in fitting]))
     run_log.close(report=write_report)
     groups.shutdown()
 

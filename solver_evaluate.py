@@ -49,7 +49,7 @@ def main(
         ckpt_dir: the model: a folder of consolidated.NN.pth, a Hugging Face folder, a single weight file, a save_dir of solver_train
         task: what kind of problems: GSM8K, answers (any questions and short answers), reasoning_gym:NAME, or FILE.py: docs/TASKS.md
         label_file: problems with labels, json, jsonl or parquet; default: the task's own, dataset/GSM8K/test.json for GSM8K
-        log_dir: where to write; default: evaluate-TASK inside ckpt_dir's folder, or the verifier's with --samples_file
+        log_dir: where to write; default: evaluate-TASK inside ckpt_dir's folder (evaluate-TASK-SAVE beside the save of a run), or the verifier's with --samples_file
         model_type: a preset such as llama-2-7b, needed only when the checkpoint has no config of its own
         max_batch_size: rows decoded together; fewer where memory does not allow it
         max_cache_gb: most memory for keys and values on a rank, 10^9 bytes, which bounds the rows decoded together; -1: what there is
@@ -70,7 +70,7 @@ def main(
         min_p: keep tokens at least so likely relative to the best
         stop: strings that end an answer, besides the end tokens; not part of its text
         seed: of the samples
-        write_report: also write log_dir/report.html and report.png, if matplotlib is installed
+        write_report: also write log_dir/report.html, if matplotlib is installed
         dtype: auto, bf16, fp16 or fp32
         model_parallel_size: tensor-parallel ranks; -1: all processes; the rest are replicas that share the problems
         tokenizer_file: when it is not beside the weights
@@ -98,6 +98,8 @@ def main(
                          "(or --compare A B with two log_dirs)")
     if samples_file and not verifier_ckpt_dir:
         raise ValueError("--samples_file needs --verifier_ckpt_dir: a reward model to choose among the answers")
+    if samples_file and "label_file" in cli.given:
+        raise ValueError("--samples_file holds the problems with their labels: leave --label_file out")
     if samples_file and perplexity:
         raise ValueError("--perplexity needs the model itself, --ckpt_dir, not --samples_file")
     if verifier_ckpt_dir and not samples_file and num_samples_per_prompt < 2:
@@ -108,7 +110,7 @@ def main(
     from llama_rlhf.checkpoint import store
     from llama_rlhf.api import load
     from llama_rlhf.checkpoint.shards import load_model
-    from llama_rlhf.evaluation import (answer, encode_problems, read_samples, reference_loss, score_samples, select,
+    from llama_rlhf.evaluation import (answer, encode_problems, make_way, read_samples, reference_loss, score_samples, select,
                                        show, show_selection, summarize, write_samples)
     from llama_rlhf.models.transformer import ValueModel
     from llama_rlhf.parallel import groups
@@ -148,14 +150,12 @@ def main(
             check_reward_model(verifier_ckpt_dir)
             verifier_tokenizer = load_tokenizer(verifier_ckpt_dir, chat_format=chat_format)
     home = ckpt_dir or verifier_ckpt_dir
-    log_dir = log_dir or os.path.join(home if os.path.isdir(home) else os.path.dirname(home), "evaluate-" + re.sub(r"[^\w.-]+", "-", task))
+    log_dir = log_dir or store.beside(home, "evaluate-" + re.sub(r"[^\w.-]+", "-", task))
     store.check_writable(log_dir)
     written = [os.path.join(log_dir, name) for name in ("samples.jsonl", "metrics.json")]
     if samples_file and limit >= 0 and os.path.exists(written[0]) and os.path.samefile(samples_file, written[0]):
         raise ValueError(f"--limit {limit} with --log_dir {log_dir} would leave {limit} problems of {samples_file}, which is written there anew with scores. "
                          "Choose another --log_dir, or leave out --limit.")
-    if groups.is_main() and os.path.exists(written[1]):
-        os.remove(written[1])        # never beside the samples of another run
     memory, config, prompts = PeakMemory(trains=False), None, []
     if not samples_file:
         model = load(ckpt_dir, dtype=dtype, model_type=model_type, tokenizer=tokenizer).model
@@ -170,6 +170,7 @@ def main(
         memory.start()
         rows, speed = answer(model, tokenizer, kind, problems, prompts, rule=rule, max_batch_size=max_batch_size, max_cache_gb=max_cache_gb, cuda_graphs=cuda_graphs,
                              max_new_tokens=max_new_tokens, max_seq_len=longest, n_samples=num_samples_per_prompt, stop=stop or (), **sampling)
+        make_way(log_dir, cli.resolved, ckpt_dir)
         write_samples(written[0], rows)
     metrics = summarize(rows, rule)
     if not samples_file:
@@ -184,6 +185,7 @@ def main(
         check_vocabulary(verifier_tokenizer, verifier, verifier_ckpt_dir)
         memory.start()
         score_samples(verifier, verifier_tokenizer, rows, **prompt_options)
+        make_way(log_dir, cli.resolved, ckpt_dir)
         write_samples(written[0], rows)
         metrics["selection"] = select(rows, verifier.score)
         groups.log(show_selection(metrics["selection"]))
@@ -192,7 +194,7 @@ def main(
         planned = plan_evaluation(cli.resolved, config=config or verifier.config, prompts=[len(prompt) for prompt in prompts])
         metrics["memory"] = planned.beside(peak)
         groups.log(planned.line(peak))
-        store.write_json(written[1], {**metrics, "arguments": cli.resolved, "given": cli.given, "environment": environment()})
+        store.write_json(written[1], {**metrics, "checkpoint": ckpt_dir, "arguments": cli.resolved, "given": cli.given, "environment": environment()})
     groups.log(f"written: {log_dir}/samples.jsonl and metrics.json")
     if write_report and groups.is_main():
         from llama_rlhf.report import at_the_end

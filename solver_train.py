@@ -264,8 +264,9 @@ def main(
             break
     micro = [indices for epoch in range(epochs) for step_batches in epoch_of_micro_batches(epoch) for indices in step_batches][:total_steps * accumulation_steps]
     largest = max(micro, key=lambda indices: sum(len(examples[i].tokens) for i in indices))
-    report_memory(run_log, memory, lambda: plan_training(cli.resolved, config=model.config, rows=[(len(examples[i].tokens), examples[i].prompt_len) for i in largest],
-                                                         prompts=[len(prompt) for prompt in prompts]))
+    if earlier.get("step", 0) < total_steps:        # else nothing was done
+        report_memory(run_log, memory, lambda: plan_training(cli.resolved, config=model.config, rows=[(len(examples[i].tokens), examples[i].prompt_len) for i in largest],
+                                                             prompts=[len(prompt) for prompt in prompts]))
     run_log.close(report=write_report)
     groups.shutdown()
 

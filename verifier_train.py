@@ -288,7 +288,8 @@ def main(
     micro = [indices for epoch in range(epochs) for step_batches in epoch_of_micro_batches(epoch) for indices in step_batches][:total_steps * accumulation_steps]
     largest = max(micro, key=lambda indices: sum(len(examples[i].tokens) for i in indices))
     rows_of = lambda indices: [(len(row), examples[i].prompt_len) for i in indices for row in examples[i].responses]  # noqa: E731
-    report_memory(run_log, memory, lambda: plan_training(cli.resolved, config=model.config, rows=rows_of(largest), scored=rows_of(range(len(examples)))))
+    if earlier.get("step", 0) < total_steps:        # else nothing was done
+        report_memory(run_log, memory, lambda: plan_training(cli.resolved, config=model.config, rows=rows_of(largest), scored=rows_of(range(len(examples)))))
     run_log.close(report=write_report)
     groups.shutdown()
 

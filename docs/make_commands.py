@@ -36,7 +36,7 @@ PAGES = {
                    "    --label_file dataset/GSM8K/test.json --model_type llama-2-7b --max_batch_size 384",
         "writes": [("`log_dir/samples.jsonl`", "a line per answer: prompt, response, what was read from it, right or wrong, the verifier's score"),
                    ("`log_dir/metrics.json`", "accuracy with its interval under every rule, pass@k, best of n, votes, speed, flags, environment"),
-                   ("`log_dir/report.html`, `report.png`", "[REPORT.md](../REPORT.md)"),
+                   ("`log_dir/report.html`", "[REPORT.md](../REPORT.md)"),
                    ("nothing, with `--compare`", "the table is printed")],
         "more": "Problems and rules: [TASKS.md](../TASKS.md).",
     },

@@ -11,5 +11,5 @@
 #       --activation_checkpointing all --device cpu
 # is 2.450 GB. For PPO --plan takes all roles to be of one size: with this critic a run needs less than the 31.088 GB in llama2.sh.
 source "$(dirname "$0")/common.sh"
-needs REWARD_BASE "the small model that becomes verifier and critic"
+[ "${PLAN:-0}" = 1 ] || needs REWARD_BASE "the small model that becomes verifier and critic"
 SAVE_PATH=${SAVE_PATH:-runs/tinyllama-critic} exec bash examples/llama2.sh

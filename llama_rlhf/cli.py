@@ -61,7 +61,10 @@ def run(main):
         values = parse(main, sys.argv[1:])
     except HelpRequested:
         if _rank() == 0:
-            print(help_text(main))
+            try:
+                print(help_text(main), flush=True)
+            except BrokenPipeError:  # a pager that was left, `| head`
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except UsageError as e:
         if _rank() == 0:  # every rank sees the same command line: say it once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -94,6 +95,33 @@ def write_samples(path: str, rows: list[dict]) -> None:
             with open(path + ".part", "w") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             os.replace(path + ".part", path)
+
+
+# what answers depend on
+_ASKED = ("task", "label_file", "limit", "num_samples_per_prompt", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "max_new_tokens", "max_seq_len", "dtype",
+          "use_chat_template", "system_prompt", "chat_format", "tokenizer_file")
+
+
+def make_way(log_dir: str, arguments: dict, checkpoint: str) -> None:
+    """Collective. The evaluation in log_dir goes, or, if it asked for other answers, aside: to a folder earlier-N in it."""
+    with groups.together(f"making way in {log_dir}"):
+        paths = [path for name in ("metrics.json", "samples.jsonl", "report.html") if os.path.exists(path := os.path.join(log_dir, name))]
+        if not groups.is_main() or not os.path.exists(os.path.join(log_dir, "metrics.json")):
+            return
+        with open(os.path.join(log_dir, "metrics.json")) as file:
+            before = json.load(file)
+        asked = before.get("arguments", {})
+        changed = [f"--{key} {asked.get(key)}" for key in _ASKED if asked.get(key) != arguments.get(key)]
+        if before.get("checkpoint", checkpoint) != checkpoint:
+            changed.append(f"checkpoint {before['checkpoint']}")
+        if not changed or arguments["samples_file"]:
+            os.remove(os.path.join(log_dir, "metrics.json"))        # never beside the samples of another run
+            return
+        folder = next(path for n in itertools.count(1) if not os.path.exists(path := os.path.join(log_dir, f"earlier-{n}")))
+        os.makedirs(folder)
+        for path in paths:
+            os.rename(path, os.path.join(folder, os.path.basename(path)))
+        groups.log(f"note: {log_dir} held another evaluation ({', '.join(changed)}); it is in {folder} now")
 
 
 def read_samples(path: str, rule: str) -> list[dict]:

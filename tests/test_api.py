@@ -205,8 +205,7 @@ def test_the_chat(folder, tmp_path):
 def test_the_lines_of_the_readme_run(folder, model, capsys):
     with open(os.path.join(ROOT, "README.md")) as file:
         code = file.read().split("```python\n")[1].split("```")[0]
-    # the toy's tokenizer has no chat template
-    code = code.replace('"runs/solver")', f'{str(folder)!r}, dtype="fp32")').replace('[{"role": "user", "content": "Tell me a story."}]', '"Tell me a story.", max_new_tokens=30')
+    code = code.replace('"runs/solver")', f'{str(folder)!r}, dtype="fp32")').replace('"Tell me a story."', '"Tell me a story.", max_new_tokens=30')
     names = {"questions": PROMPTS}
     exec(code, names)
     said = capsys.readouterr().out

@@ -320,3 +320,21 @@ def test_a_run_with_shared_optimizer_state_continues_to_the_same_bits(toy, tmp_p
     for path in sorted((tmp_path / "first").glob("*.pth")):
         a, b = (torch.load(p, weights_only=True) for p in (path, tmp_path / "run/epoch-1" / path.name))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), path
+
+
+def test_an_evaluation_does_not_take_the_place_of_another(toy, split, tmp_path):
+    """Other answers asked for in the same folder: what was there is kept. Killed before its answers: it still stands there. Beside a save, which may be removed."""
+    flags = dict(ckpt_dir=split, log_dir=tmp_path / "log", label_file=toy / "test.json", max_new_tokens=4, dtype="fp32", write_report="false")
+    evaluate = lambda **more: run_script(1, "solver_evaluate.py", **{**flags, **more})[0]  # noqa: E731
+    assert evaluate()[0] == 0 and evaluate()[0] == 0
+    assert not list(tmp_path.glob("log/earlier-*")), "the same again"
+    (code, out, err) = evaluate(limit=2)
+    assert code == 0 and "held another evaluation (--limit -1); it is in" in out, err
+    assert len(lines_of(tmp_path / "log/samples.jsonl")) == 2 and len(lines_of(tmp_path / "log/earlier-1/samples.jsonl")) == 7
+    assert (tmp_path / "log/earlier-1/metrics.json").exists()
+    assert "prompt has" in evaluate(max_seq_len=3)[2] and (tmp_path / "log/metrics.json").exists(), "it failed before it had answers"
+    shutil.copytree(split, tmp_path / "run/step-3")
+    assert evaluate(ckpt_dir=tmp_path / "run/step-3", log_dir="")[0] == 0
+    assert (tmp_path / "run/evaluate-GSM8K-step-3/metrics.json").exists() and not list(tmp_path.glob("run/step-3/evaluate*"))
+    code, _, err = evaluate(ckpt_dir="", samples_file=tmp_path / "log/samples.jsonl", verifier_ckpt_dir=split)
+    assert code == 1 and "leave --label_file out" in err

@@ -221,7 +221,7 @@ def test_generated_problems_in_every_script(gym, toy, tmp_path):  # noqa: F811
     assert code == 0 and "<answer>" in out, err
     ranks = run_script(2, "solver_evaluate.py", ckpt_dir=tmp_path / "sft", label_file="test:5", num_samples_per_prompt=2, **flags)
     assert [code for code, *_ in ranks] == [0, 0], ranks
-    log_dir, = (tmp_path / "sft/epoch-1").glob("evaluate-*")
+    log_dir, = (tmp_path / "sft").glob("evaluate-*-epoch-1")
     assert re.fullmatch(r"[\w.-]+", log_dir.name)
     samples, metrics = lines_of(log_dir / "samples.jsonl"), json.loads((log_dir / "metrics.json").read_text())
     assert len(samples) == 10 and {s["prompt"] for s in samples} == {p.prompt for p in get_task(task).load("test:5")}

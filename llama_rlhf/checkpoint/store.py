@@ -197,6 +197,13 @@ def find(path: str) -> str:
     return path
 
 
+def beside(checkpoint: str, name: str) -> str:
+    """Where to write something about a checkpoint: in its folder; beside the save of a run, which --keep_last may remove."""
+    folder = checkpoint if os.path.isdir(checkpoint) else os.path.dirname(checkpoint)
+    parent, save = os.path.split(os.path.abspath(folder))
+    return os.path.join(os.path.relpath(parent) if not os.path.isabs(folder) else parent, f"{name}-{save}") if _SAVE.fullmatch(save) else os.path.join(folder, name)
+
+
 def existing_saves(folder: str) -> list[str]:
     return sorted(name for name in os.listdir(folder) if _SAVE.fullmatch(name)) if os.path.isdir(folder) else []
 
