@@ -11,6 +11,7 @@ import time
 import torch
 
 from llama_rlhf.api import LanguageModel, respond
+from llama_rlhf.checkpoint.formats import CheckpointError, read_json
 from llama_rlhf.data import encode_prompt, encode_response, pack
 from llama_rlhf.generation import Statistics
 from llama_rlhf.models.transformer import CausalLM, ValueModel
@@ -108,8 +109,10 @@ def make_way(log_dir: str, arguments: dict, checkpoint: str) -> None:
         paths = [path for name in ("metrics.json", "samples.jsonl", "report.html") if os.path.exists(path := os.path.join(log_dir, name))]
         if not groups.is_main() or not os.path.exists(os.path.join(log_dir, "metrics.json")):
             return
-        with open(os.path.join(log_dir, "metrics.json")) as file:
-            before = json.load(file)
+        try:
+            before = read_json(os.path.join(log_dir, "metrics.json"))
+        except CheckpointError:         # damaged: no reason to lose answers that are there now
+            before = {}
         asked = before.get("arguments", {})
         changed = [f"--{key} {asked.get(key)}" for key in _ASKED if asked.get(key) != arguments.get(key)]
         if before.get("checkpoint", checkpoint) != checkpoint:

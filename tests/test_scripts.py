@@ -333,6 +333,8 @@ def test_an_evaluation_does_not_take_the_place_of_another(toy, split, tmp_path):
     assert len(lines_of(tmp_path / "log/samples.jsonl")) == 2 and len(lines_of(tmp_path / "log/earlier-1/samples.jsonl")) == 7
     assert (tmp_path / "log/earlier-1/metrics.json").exists()
     assert "prompt has" in evaluate(max_seq_len=3)[2] and (tmp_path / "log/metrics.json").exists(), "it failed before it had answers"
+    (tmp_path / "log/metrics.json").write_text('{"arguments": ')
+    assert evaluate(limit=2)[0] == 0 and (tmp_path / "log/earlier-2/samples.jsonl").exists(), "damaged: aside"
     shutil.copytree(split, tmp_path / "run/step-3")
     assert evaluate(ckpt_dir=tmp_path / "run/step-3", log_dir="")[0] == 0
     assert (tmp_path / "run/evaluate-GSM8K-step-3/metrics.json").exists() and not list(tmp_path.glob("run/step-3/evaluate*"))
