@@ -58,7 +58,10 @@ def initialize(model_parallel_size: int = -1, *, timeout_seconds: float = 600.0,
             os.environ.setdefault(variable, n)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # torchrun sets OMP_NUM_THREADS=1 when it is unset, which wastes every core but one per process
-        if "OMP_NUM_THREADS" not in os.environ or os.environ["OMP_NUM_THREADS"] == "1" and "TORCHELASTIC_RUN_ID" in os.environ:
+        asked = os.environ.get("OMP_NUM_THREADS", "")
+        if asked == "1" and "TORCHELASTIC_RUN_ID" not in os.environ:
+            torch.set_num_threads(1)
+        elif asked in ("", "1"):
             torch.set_num_threads(max(1, cores // local_world))
     size = world if model_parallel_size == -1 else model_parallel_size
     if size < 1 or world % size:

@@ -217,7 +217,7 @@ def run(script, flags, n=1, plants=(), *, folder, timeout=120.0, environment=())
         port = probe.getsockname()[1]
     flags = {"device": "cpu", "dtype": "fp32", **flags}
     outs = [str(Path(folder) / f"rank-{rank}.txt") for rank in range(n)]
-    processes = [_context.Process(target=_rank, args=(script, flags, rank, n, port, outs[rank], tuple(plants), {"OMP_NUM_THREADS": "1", **dict(environment)}),
+    processes = [_context.Process(target=_rank, args=(script, flags, rank, n, port, outs[rank], tuple(plants), {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "jobs", **dict(environment)}),
                                   daemon=True) for rank in range(n)]
     for process in processes:       # the first start of all imports torch
         process.start()
