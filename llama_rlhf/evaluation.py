@@ -100,7 +100,7 @@ def write_samples(path: str, rows: list[dict]) -> None:
 
 # what answers depend on
 _ASKED = ("task", "label_file", "limit", "num_samples_per_prompt", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "max_new_tokens", "max_seq_len", "dtype",
-          "use_chat_template", "system_prompt", "chat_format", "tokenizer_file")
+          "use_chat_template", "system_prompt", "chat_format", "tokenizer_file", "samples_file")
 
 
 def make_way(log_dir: str, arguments: dict, checkpoint: str) -> None:
@@ -117,7 +117,8 @@ def make_way(log_dir: str, arguments: dict, checkpoint: str) -> None:
         changed = [f"--{key} {asked.get(key)}" for key in _ASKED if asked.get(key) != arguments.get(key)]
         if before.get("checkpoint", checkpoint) != checkpoint:
             changed.append(f"checkpoint {before['checkpoint']}")
-        if not changed or arguments["samples_file"]:
+        samples, given = os.path.join(log_dir, "samples.jsonl"), arguments["samples_file"]
+        if not changed or given and os.path.exists(samples) and os.path.samefile(samples, given):      # these are what gets scores now
             os.remove(os.path.join(log_dir, "metrics.json"))        # never beside the samples of another run
             return
         folder = next(path for n in itertools.count(1) if not os.path.exists(path := os.path.join(log_dir, f"earlier-{n}")))
