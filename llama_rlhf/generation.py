@@ -164,8 +164,17 @@ def _slots_in(model: CausalLM, n_slots: int, longest: int, max_cache_gb: float) 
     if allowed < per_slot:
         raise ValueError(f"--max_cache_gb {max_cache_gb}: one row of {longest} tokens needs {per_slot / 1e9:.2g}. Raise it, or lower --max_new_tokens.")
     if groups.device().type == "cpu":
-        allowed = min(allowed, 0.9 * groups.free_memory())
+        allowed = min(allowed, 0.9 * groups.free_memory() - _pass_bytes(model, n_slots, longest))
     return max(1, int(min(n_slots, allowed / max(1, per_slot))))
+
+
+def _pass_bytes(model: CausalLM, n_slots: int, longest: int) -> int:
+    """What a prefill has in memory at once beside weights and cache: the tokens of a pack in one layer, and the head's logits."""
+    config, tp = model.config, groups.tp_size()
+    inside = max((config.n_heads + 2 * config.n_kv_heads) * config.head_dim, config.ffn_dim * max(1, config.n_active_experts)) // tp
+    tokens = min(_PREFILL_TOKENS + longest, n_slots * longest)
+    each = 28 if groups.device().type == "cpu" else 8       # bytes, measured: freed blocks of a CPU do not fit what comes next
+    return tokens * (3 * config.dim * model.dtype.itemsize + inside * each) + n_slots * config.vocab_size // tp * 20
 
 
 def _largest(make: Callable[[int], _Batch], asked: int, n: int) -> _Batch:
@@ -239,10 +248,7 @@ class _Batch:
         step = functools.partial(_step, model, self.cache, self.current, self.lengths)      # a method would keep all of this alive until garbage is collected
         self.forward = DecodeGraphs(step, n_slots, longest) if records else step
         if device.type == "cuda":       # now, when all ranks can still agree on less: what passes through a layer and the head
-            config = model.config
-            tokens = min(_PREFILL_TOKENS + longest, n_slots * longest)
-            torch.empty(tokens * (6 * config.dim + 4 * config.ffn_dim // groups.tp_size()) * model.dtype.itemsize
-                        + n_slots * config.vocab_size // groups.tp_size() * 20, dtype=torch.uint8, device=device)
+            torch.empty(_pass_bytes(model, n_slots, longest), dtype=torch.uint8, device=device)
 
     def prefill(self, waiting: list[tuple[int, int]]):
         """Fill the free slots from the end of `waiting`: one packed forward over the new prompts, copies for further samples of one."""

@@ -97,6 +97,22 @@ def test_fewer_rows_at_once_change_nothing(model, capsys):
         generate(model, PROMPTS, max_cache_gb=1e-9, **options)
 
 
+def test_keys_and_values_take_what_free_memory_leaves_beside_a_prefill(model, monkeypatch):
+    """A cache of nine tenths of what was free left a prefill no room: the run was killed where a container bounds memory."""
+    lengths, statistics = [len(model.tokenizer.encode(p + "\n", bos=True)) for p in PROMPTS], generation.Statistics()
+    longest, config = max(lengths) + 20, model.model.config
+    slot = 2 * config.n_layers * config.n_kv_heads * config.head_dim * 4 * longest
+    # at least what stands in a layer's feed-forward at once: its input, gate and up, their product
+    least = 12 * longest * (config.dim + 3 * config.ffn_dim) * 4
+    monkeypatch.setattr(generation.groups, "free_memory", lambda: least + 5 * slot)
+    generate(model, PROMPTS, max_new_tokens=20, n_samples=4, temperature=1.0, statistics=statistics)
+    assert 1 <= statistics.slots <= 5
+    monkeypatch.setattr(generation.groups, "free_memory", lambda: 1 << 33)
+    statistics = generation.Statistics()
+    generate(model, PROMPTS, max_new_tokens=20, n_samples=4, temperature=1.0, statistics=statistics)
+    assert statistics.slots == 12
+
+
 def test_out_of_memory_while_generating_halves_the_batch(model, monkeypatch, capsys):
     options = dict(max_new_tokens=20, n_samples=4, temperature=1.0, with_logprobs=True)
     expected = [[(r.text, r.tokens) for r in row] for row in generate(model, PROMPTS, **options)]

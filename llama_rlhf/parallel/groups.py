@@ -20,6 +20,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 from torch.distributed.rendezvous import rendezvous
 
+from llama_rlhf.parallel import machine
 from llama_rlhf.parallel.shared_memory import SharedMemoryGroup, host_identity
 from llama_rlhf.parallel.watch import Watch
 
@@ -56,13 +57,12 @@ def initialize(model_parallel_size: int = -1, *, timeout_seconds: float = 600.0,
         # about a hundred. Read once, by the first product: whoever imported us may have made it already
         for variable, n in (("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128"), ("LRU_CACHE_CAPACITY", "64")):
             os.environ.setdefault(variable, n)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         # torchrun sets OMP_NUM_THREADS=1 when it is unset, which wastes every core but one per process
         asked = os.environ.get("OMP_NUM_THREADS", "")
         if asked == "1" and "TORCHELASTIC_RUN_ID" not in os.environ:
             torch.set_num_threads(1)
         elif asked in ("", "1"):
-            torch.set_num_threads(max(1, cores // local_world))
+            torch.set_num_threads(max(1, machine.cores() // local_world))
     size = world if model_parallel_size == -1 else model_parallel_size
     if size < 1 or world % size:
         raise ValueError(f"--model_parallel_size {model_parallel_size} does not divide the {world} processes that were "
@@ -144,12 +144,7 @@ def free_memory() -> int:
     """Bytes that this process may still take, its neighbours on this machine taking as much."""
     if device().type == "cuda":
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()     # what torch keeps for itself is free
-    try:
-        with open("/proc/meminfo") as file:
-            available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 1 << 62
-    return available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return machine.available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def shutdown() -> None:
