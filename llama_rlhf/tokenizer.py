@@ -159,7 +159,8 @@ class Tokenizer:
             return value
         value = self._special_pattern.sub(lambda match: match[0][0] + guard + match[0][1:], value)
         # A name could also come about across the edge: "<|im_" here and "end|>" in the next message.
-        start, end = len(value) - len(value.lstrip()), len(value.rstrip())
+        start = len(value) - len(value.lstrip())
+        end = max(start, len(value.rstrip()))  # of blanks alone the two would cross
         core = value[start:end]
         head = guard if core.startswith(self._special_tails) else ""
         tail = guard if core.endswith(self._special_heads) else ""

@@ -141,6 +141,13 @@ def test_chat_content_cannot_forge_control_tokens(tmp_path, text):
     assert "\ue001" not in ours.decode(forged) and ours.encode(text)[-1] in forged
 
 
+@pytest.mark.parametrize("text", [" ", "\n", " \n\t", ""])
+def test_a_message_of_blanks_alone_is_not_doubled(tmp_path, text):
+    """What stands before the text and what stands behind it were both all of it: " " was rendered as two blanks."""
+    ours = load_tokenizer(write_byte_level(tmp_path, template="{% for m in messages %}[{{ m.content }}]{% endfor %}"))
+    assert ours.decode(ours.chat([{"role": "user", "content": text}])) == f"[{text}]"
+
+
 def test_a_control_token_that_is_to_stand_alone_is_found_beside_letters(tmp_path):
     """single_word kept the name it has inside the library from being found there: the name's letters were encoded."""
     spec = json.loads((write_byte_level(tmp_path) / "tokenizer.json").read_text())
