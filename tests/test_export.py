@@ -158,6 +158,18 @@ def test_end_tokens_that_only_the_config_names_go_along(generation, world_of_one
         assert model.generation_config.do_sample
 
 
+def test_the_end_token_of_training_ends_generation_after_an_export(world_of_one, tmp_path):
+    """The tokenizer named <eos>, 257, which training puts behind answers; generation_config.json one other: transformers got that one
+    alone and never stopped. And a pad token without a row, as beside the first LLaMA-2 files, made a folder that cannot be loaded."""
+    make_hf(tmp_path / "hf", "llama", vocab_size=258, eos_token_id=5)
+    (tmp_path / "hf" / "tokenizer.bytes.json").write_text('{"kind": "bytes"}')
+    assert load_tokenizer(tmp_path / "hf").eos_ids == (257, 5) and load_tokenizer(tmp_path / "hf").pad_id == 258
+    split_checkpoint(str(tmp_path / "hf"), str(tmp_path / "n2"), 2)
+    export_hf(str(tmp_path / "n2"), str(tmp_path / "out"))
+    model = transformers_model(tmp_path / "out")
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == [257, 5] and model.config.pad_token_id is None
+
+
 def test_what_a_foreign_folder_cannot_hold_is_refused(world_of_one, tmp_path):
     from llama_rlhf.models.transformer import ValueModel
     make_hf(tmp_path / "hf", "llama")

@@ -88,7 +88,7 @@ def export_hf(source: str, folder: str, *, dtype: torch.dtype | None = None, mod
 
         def write(temporary: str) -> None:
             copy_companions(tokenizer or rewrite.tokenizer_source, temporary)
-            special = _special_ids(temporary, tokenizer or rewrite.tokenizer_source)
+            special = _special_ids(temporary, tokenizer or rewrite.tokenizer_source, config.vocab_size)
             store.write_json(os.path.join(temporary, "config.json"), {
                 **family.write_hf(config), **special, "torch_dtype": _common_dtype(infos)})
             generation = _json(temporary, "generation_config.json")
@@ -208,16 +208,22 @@ def _json(folder: str, name: str) -> dict:
     return read_json(path) if os.path.isfile(path) else {}
 
 
-def _special_ids(folder: str, source: str) -> dict:
-    """bos, eos and pad ids: of generation_config.json in `folder`; those it lacks, of the source's config.json; else of the tokenizer."""
+def _special_ids(folder: str, source: str, n_rows: int) -> dict:
+    """bos, eos and pad ids: of generation_config.json in `folder`; those it lacks, of the source's config.json; else of the tokenizer.
+
+    Of the eos a list is all there are; to a single one come the tokenizer's, the first of which ends the answers in training.
+    """
     from llama_rlhf.tokenizer import load_tokenizer
-    known = [_json(folder, "generation_config.json"), _json(source, "config.json")]
+    known, eos = [_json(folder, "generation_config.json"), _json(source, "config.json")], []
     try:
         tokenizer = load_tokenizer(folder)
         eos = list(tokenizer.eos_ids)
         pad = None if known[0] and tokenizer.pad_id in eos else tokenizer.pad_id       # transformers does not train the embedding of a pad token
-        known.append({"bos_token_id": tokenizer.bos_id, "eos_token_id": eos[0] if len(eos) == 1 else eos, "pad_token_id": pad})
+        known.append({"bos_token_id": tokenizer.bos_id, "eos_token_id": eos, "pad_token_id": pad if pad is not None and pad < n_rows else None})
     except (ValueError, FileNotFoundError):     # the weights are of use without it
         pass
     found = {key: [ids[key] for ids in known if ids.get(key) not in (None, [], -1)] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return {key: values[0] for key, values in found.items() if values}
+    special = {key: values[0] for key, values in found.items() if values}
+    if isinstance(single := special.get("eos_token_id"), int):
+        special["eos_token_id"] = list(dict.fromkeys([*eos, single]))
+    return {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in special.items()}
