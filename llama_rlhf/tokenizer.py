@@ -245,7 +245,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._text_ids = {name: token["id"] for name, token in extra.items() if name not in special_ids}
         self._text_pattern = _any_of(self._text_ids)
         if settings.chat_template is None and "[INST]" in special_ids:
-            settings.chat_template = CHAT_FORMATS["mistral-v3"]["template"]
+            settings.chat_template = _MISTRAL_V7 if "[SYSTEM_PROMPT]" in special_ids else _MISTRAL_V3
         super().__init__("sentencepiece", size, special_ids, settings, starts_with_bos=True, text_ids=self._text_ids)
 
     def pieces(self):
@@ -508,6 +508,12 @@ _MISTRAL = (  # no system role: its text goes into the first user turn (v1) or t
 )
 _MISTRAL_V1 = _MISTRAL.replace("LAST", "false").replace("CLOSE", "' [/INST]'").replace("TRIM", "")
 _MISTRAL_V3 = _MISTRAL.replace("LAST", "true").replace("CLOSE", "'[/INST]'").replace("TRIM", ".rstrip(' ')")
+_MISTRAL_V7 = (  # a system prompt has a place and control tokens of its own
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ '[SYSTEM_PROMPT] ' + m.content + '[/SYSTEM_PROMPT]' }}"
+    "{% elif m.role == 'user' %}{{ '[INST] ' + m.content + '[/INST]' }}"
+    "{% else %}{{ ' ' + m.content.rstrip(' ') + eos_token }}{% endif %}{% endfor %}"
+)
 _CHATML = (
     "{% if messages[0].role != 'system' %}"
     "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"

@@ -555,6 +555,7 @@ def test_added_text_beside_the_model(sentencepiece_folder, tmp_path):
         ("data/tokenizer.model.v1", "mistral-v1", "v1"),
         ("data/mistral_instruct_tokenizer_240216.model.v2", None, "v2"),
         ("data/mistral_instruct_tokenizer_240323.model.v3", None, "v3"),
+        ("data/mistral_instruct_tokenizer_241114.model.v7", None, "v7"),
     ],
 )
 def test_mistral_ids_equal_mistral_common(path, chat_format, version):
@@ -577,15 +578,16 @@ def test_mistral_ids_equal_mistral_common(path, chat_format, version):
 
 
 @pytest.mark.parametrize(
-    "package, path, name",
+    "package, path, name, n_spelled",
     [
-        ("mistral_common", "data/tokenizer.model.v1", "tokenizer.model"),
-        ("mistral_common", "data/mistral_instruct_tokenizer_240323.model.v3", "tokenizer.model.v3"),
-        ("dashscope", "resources/qwen.tiktoken", "qwen.tiktoken"),
-        (None, None, "tokenizer.model"),
+        ("mistral_common", "data/tokenizer.model.v1", "tokenizer.model", 0),
+        ("mistral_common", "data/mistral_instruct_tokenizer_240323.model.v3", "tokenizer.model.v3", 20),
+        ("mistral_common", "data/mistral_instruct_tokenizer_241114.model.v7", "tokenizer.model", 22),
+        ("dashscope", "resources/qwen.tiktoken", "qwen.tiktoken", 0),
+        (None, None, "tokenizer.model", 0),
     ],
 )
-def test_transformers_reads_what_is_written_for_it(package, path, name, tmp_path, request):
+def test_transformers_reads_what_is_written_for_it(package, path, name, n_spelled, tmp_path, request):
     """From the sentencepiece and tiktoken files that Meta, Mistral and Qwen distribute; and from one with added tokens."""
     from llama_rlhf.checkpoint.gguf_tokenizer import write_fast_tokenizer
 
@@ -597,7 +599,7 @@ def test_transformers_reads_what_is_written_for_it(package, path, name, tmp_path
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>", "chat_template": LLAMA}))
     tok = load_tokenizer(tmp_path)
     wrong = write_fast_tokenizer(tmp_path)
-    assert all(text.startswith("[REFERENCE_DOC_") for text in wrong) and len(wrong) == (20 if name.endswith("v3") else 0)
+    assert all(text.startswith(("[REF", "[/REF")) for text in wrong) and len(wrong) == n_spelled
     ref, again = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
     assert again.kind == "json" and len(ref) >= len(tok.special_ids)
     assert (again.bos_id, again.eos_ids[0], again.pad_id) == (tok.bos_id, tok.eos_ids[0], tok.pad_id)

@@ -114,7 +114,7 @@ def write_fast_tokenizer(folder) -> list[str]:
         return wrong
     if template := tokenizer.chat_template:
         # sentencepiece puts a blank before each text of its own, and so does tokenizer.json: after a control token the template must not
-        for config["chat_template"] in (template, template.replace("'[INST] '", "'[INST]'").replace("{{ ' ' + m.content", "{{ m.content")):
+        for config["chat_template"] in (template, template.replace("] ' +", "]' +").replace("{{ ' ' + m.content", "{{ m.content")):
             new.chat_template = config["chat_template"]
             if new.chat(CONVERSATION) == tokenizer.chat(CONVERSATION):
                 break
