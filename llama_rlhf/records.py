@@ -227,16 +227,22 @@ def prompt_of(record, where, *, own=False):
     return messages if len(messages) > 1 else text
 
 
-def turns_of(record, where):
-    """[(prompt, answer)] to learn from: one for each of several answers; of a conversation one for each assistant turn, after all before it."""
+def turns_of(record, where, *, weighted=True):
+    """[(prompt, answer)] to learn from: one for each of several answers; of a conversation one for each assistant turn, after all before it.
+
+    weighted: without the turns whose "weight" is 0.
+    """
     messages = messages_of(record, where)
     if messages is None:
         prompt = prompt_of(record, where)
         name = next((answer for prompt, answer in SCHEMAS if prompt in record), "output")
         return [(prompt, answer) for answer in texts_field(record, name, where, expected=expected())]
-    turns = [(messages[:n], message["content"]) for n, message in enumerate(messages) if message["role"] == "assistant" and n]
+    given = record["messages" if "messages" in record else "conversations"]
+    first = len(messages) - len(given)  # 1 behind the record's own system prompt
+    turns = [(messages[:n], message["content"]) for n, message in enumerate(messages)
+             if message["role"] == "assistant" and n and not (weighted and given[n - first].get("weight") == 0)]  # fmt: skip
     if not turns:
-        raise ValueError(f'{where}: "messages" needs an "assistant" turn, after another one, to learn from')
+        raise ValueError(f'{where}: "messages" needs an "assistant" turn, after another one and not of "weight" 0, to learn from')
     return turns
 
 
@@ -249,7 +255,7 @@ def answers_of(record, where, *, optional=False):
         if optional:
             return []
         raise ValueError(f'{where}: the last message is from {messages[-1]["role"]!r}, so there is no answer to it. End with an "assistant" turn')
-    turns = turns_of(record, where)
+    turns = turns_of(record, where, weighted=False)
     return [answer for prompt, answer in turns if prompt == turns[-1][0]]
 
 

@@ -176,6 +176,18 @@ def test_each_assistant_turn_is_trained_after_all_before_it(tokenizer):
     assert prompt_of({"messages": record["messages"][:2]}, "") == record["messages"][:2]
 
 
+@pytest.mark.parametrize("system", [{}, {"system": "S"}])
+def test_a_turn_of_weight_0_is_read_but_not_trained_on(tokenizer, system):
+    """As in the files of hosted fine-tuning: a poor answer is part of the conversation, not to be learned. It was."""
+    turns = [("user", "x", {}), ("assistant", "bad", {"weight": 0}), ("user", "z", {}), ("assistant", "w", {"weight": 1})]
+    record = {"messages": [{"role": role, "content": content, **more} for role, content, more in turns], **system}
+    (example,) = sft_examples([record], tokenizer, max_seq_len=99, use_chat_template=True)
+    assert example.tokens == [BOS, *ids(("s:S;" if system else "") + "u:x;a:bad;u:z;a:w"), EOS] and example.prompt_len == len(example.tokens) - 2
+    assert answers_of({"messages": record["messages"][:2]}, "") == ["bad"], "whether it is learned is not whether it is an answer"
+    with pytest.raises(ValueError, match='record 1: "messages" needs an "assistant" turn, after another one and not of "weight" 0'):
+        sft_examples([{"messages": record["messages"][:2]}], tokenizer, max_seq_len=99, use_chat_template=True)
+
+
 def test_a_system_field_comes_before_the_prompt_with_and_without_template(tokenizer):
     record = {"query": "x", "response": "y", "system": "S"}
     for options, text in (({}, "S\nx\n"), ({"use_chat_template": True, "system_prompt": "not this"}, "s:S;u:x;a:")):
