@@ -60,6 +60,7 @@ class Tokenizer:
         self.special_ids = special_ids
         self._special_names = {id: name for name, id in special_ids.items()}
         self._text_names = {id: name for name, id in (text_ids or {}).items()}
+        self._written: dict = {}  # {id: text} of ordinary ids which `_decode_text` would not give back as they were written
         self._special_pattern = _any_of(special_ids)
         self._special_heads = tuple({name[:n] for name in special_ids for n in range(1, len(name))})
         self._special_tails = tuple({name[n:] for name in special_ids for n in range(1, len(name))})
@@ -111,6 +112,8 @@ class Tokenizer:
         for id in ids:
             if id in self._special_names:
                 runs += [] if skip_special else [self._special_names[id], []]
+            elif id in self._written:
+                runs += [self._written[id], []]
             elif 0 <= id < self._plain_size:
                 runs[-1].append(id)
             else:
@@ -121,6 +124,8 @@ class Tokenizer:
         """One token as shown to a person: its leading space kept, a part of a character as \ufffd."""
         if id in self._special_names:
             return self._special_names[id]
+        if id in self._written:
+            return self._written[id]
         return self._piece_text(id) if 0 <= id < self._plain_size else self._text_names.get(id, "\ufffd")
 
     # -- chat --
@@ -335,6 +340,9 @@ class JsonTokenizer(Tokenizer):
         size = max(self._rust.get_vocab(with_added_tokens=True).values()) + 1
         super().__init__(kind, size, special_ids, settings, eos_names=eos_names, text_ids=text_ids,
                          starts_with_bos=starts_with_bos is not None)
+        if self._byte_level:  # the library takes the letters of an added "für" for stand-ins of bytes
+            self._written = {token["id"]: name for name, token in added.items()
+                             if name not in special_ids and (len(name) > 1 or name not in ids)}  # fmt: skip
 
     def spec(self):
         """The tokenizer.json, control tokens under their own names."""
