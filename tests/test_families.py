@@ -92,6 +92,18 @@ def test_stacked_experts_of_a_live_transformers_5_model_are_read(name, world_of_
     assert_same_model(tmp_path / "memory", tmp_path / "files")
 
 
+@pytest.mark.parametrize("name", ["llama-tied-scaled", "bloom"])
+def test_a_tied_matrix_saved_as_the_head_is_the_embedding(name, world_of_one, tmp_path):
+    """safetensors.torch.save_model keeps one name of shared tensors, lm_head.weight: transformers loads that, here the embedding was missing."""
+    from safetensors.torch import load_file, save_model
+    model = make_hf(tmp_path / "usual", name)
+    model.save_pretrained(tmp_path / "head")
+    save_model(model, str(tmp_path / "head" / "model.safetensors"), metadata={"format": "pt"})
+    names = load_file(tmp_path / "head" / "model.safetensors")
+    assert "lm_head.weight" in names and not any("embed_tokens" in n or n.endswith("word_embeddings.weight") for n in names)
+    assert_same_model(tmp_path / "head", tmp_path / "usual")
+
+
 def test_the_hub_files_of_mixtral_are_a_union_with_joined_experts(world_of_one, tmp_path):
     """consolidated.NN.pt: whole tensors spread over files, experts joined by rows, w2's blocks transposed, q and k native."""
     model = make_hf(tmp_path / "hf", "mixtral")

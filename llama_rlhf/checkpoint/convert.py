@@ -217,6 +217,9 @@ class NativeView:
             found = sum(sources[native].name in self.infos for native in self.wanted)
             if found > best:
                 best, self._sources = found, sources
+        embedding, head = self._source("tok_embeddings.weight"), self._source("output.weight")
+        if self.config.tie_embeddings and self.checkpoint.kind != "shards" and embedding.name not in self.infos and head.name in self.infos:
+            self._sources["tok_embeddings.weight"] = head       # of shared tensors safetensors' save_model keeps the first name: lm_head
 
     def _source(self, native: str) -> Source:
         return self._sources[native]
