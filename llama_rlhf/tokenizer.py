@@ -297,6 +297,9 @@ class JsonTokenizer(Tokenizer):
         vocab = spec["model"]["vocab"]  # {piece: id}, or [[piece, score], ...] in unigram models
         ids = dict(vocab) if isinstance(vocab, dict) else {piece: id for id, (piece, _) in enumerate(vocab)}
         added = {token["content"]: token for token in spec.setdefault("added_tokens", [])}
+        for name, token in added.items():  # of both files tokenizer_config.json has the last word, as in transformers
+            if (told := settings.told.get(name)) and told["id"] == token["id"]:
+                token.update(told, special=bool(told.get("special") or token.get("special")))
         taken = {*ids.values(), *(token["id"] for token in added.values())}
         declared = {name: {"content": name, **CONTROL_FLAGS, "id": ids[name]} for name in settings.names.values() if name in ids}
         for name, token in sorted(settings.added.items(), key=lambda item: item[1]["id"]):
@@ -549,7 +552,7 @@ class _Settings:
     """What the json files beside a tokenizer say about it.
 
     names: {"bos_token": "<s>", ...}; added: extra tokens by name, each as tokenizer.json has them; generation_eos: int, list or None;
-    needs: names that are control tokens whatever the files say
+    told: what tokenizer_config.json says of each; needs: names that are control tokens whatever the files say
     """
 
     def __init__(self, folder):
@@ -563,10 +566,11 @@ class _Settings:
                 self.names[kind] = _expected(kind, name, str)
         self.add_bos = _expected("add_bos_token", config.get("add_bos_token"), bool, type(None))
         self.needs = ()
-        self.added = {}
+        self.added, self.told = {}, {}
         for id, token in config.get("added_tokens_decoder", {}).items():
             flags = {flag: _expected(flag, token.get(flag, default), bool) for flag, default in CONTROL_FLAGS.items()}
             self.added[_expected("content", token["content"], str)] = {"id": int(id), "content": token["content"], **flags}
+            self.told[token["content"]] = {"id": int(id), **{flag: flags[flag] for flag in CONTROL_FLAGS if flag in token}}
         for name, id in _read_json(folder / "added_tokens.json").items():
             self.added[name] = {"content": name, **CONTROL_FLAGS, **self.added.get(name, {}), "id": _expected(name, id, int)}
         generation = folder / "generation_config.json"

@@ -303,6 +303,28 @@ def test_tokens_that_only_the_other_json_files_add(file, tmp_path):
     assert size + 1 not in ours.encode("<|im_end|>") and ours.decode(ours.encode("<|im_end|>")) == "<|im_end|>"
 
 
+@pytest.mark.parametrize("special", [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_tokenizer_config_has_the_last_word_on_an_added_token(flag, special, tmp_path):
+    """Only tokenizer.json was asked: a token that tokenizer_config.json alone calls special could be written by a user, and stood in answers."""
+    transformers = pytest.importorskip("transformers")
+    folder = write_byte_level(tmp_path)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    id = 1 + max(*spec["model"]["vocab"].values(), *(token["id"] for token in spec["added_tokens"]))
+    token = {"content": "<x>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    spec["added_tokens"].append({**token, "id": id, "special": special[0]})
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": {str(id): {**token, flag: True, "special": special[1]}}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    ref, ours = transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    text = "a <x> b" if any(special) else "a <x> b<x>c"  # (a control token is found beside letters, whatever its single_word says)
+    ids = ours.encode(text, special=True)
+    assert ids == ref(text, add_special_tokens=False).input_ids and id in ids
+    assert ours.decode(ids) == ref.decode(ids, skip_special_tokens=True)
+    assert (id in ours.encode(text)) == (not any(special))
+
+
 def test_added_tokens_that_contradict_the_vocabulary(tmp_path):
     """Early conversions number some wrongly: an id that has a piece keeps it; one after a gap would load as another."""
     write_byte_level(tmp_path)
