@@ -303,6 +303,70 @@ def test_both_ranks_say_that_one_has_no_number(value):
         assert a == b and a[0][1] == -1 and a[0][0] >= 0 and a[0][2] >= 0
 
 
+def _choices(options, banned):
+    """Next tokens of 300 rows at any number of ranks; in the first hundred the middle ids are all but impossible: a rank may have none to choose."""
+    from llama_rlhf.parallel.partition import even_ranges
+    from llama_rlhf.sampling import Sampling, choose
+    groups.initialize(device="cpu")
+    ranges = even_ranges(11, groups.tp_size())
+    start, stop = ranges[groups.tp_rank()]
+    logits, keys = _rows_of_logits()
+    forbidden = (torch.arange(300) % 2 == 0, banned) if banned else None
+    token, logprobs = choose(logits, torch.eye(11)[start:stop], ranges, Sampling(**options), keys, banned=forbidden, with_logprobs=True)
+    groups.shutdown()
+    return token.tolist(), logprobs.tolist()
+
+
+def _rows_of_logits():
+    logits = torch.randn(300, 11, generator=torch.Generator().manual_seed(0)) * 2
+    logits[:100, 3:7] -= 60
+    return logits, (torch.arange(300), torch.arange(300) % 4, torch.arange(300) * 7)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("options,banned", [({}, []), ({"top_k": 3}, []), ({"top_p": 0.7}, []), ({"top_k": 4, "top_p": 0.8}, []), ({"min_p": 0.2}, [2, 9]),
+                                            ({"top_k": 5, "top_p": 0.9, "min_p": 0.1, "seed": 3}, [])])
+def test_a_token_is_the_inverse_of_the_filtered_distribution_at_its_number(n, options, banned):
+    """Against sorting and adding up probabilities in fp64, over the whole vocabulary: top-k, of what is left top-p, of that min-p."""
+    from llama_rlhf.sampling import keyed_uniform
+    results = run_ranks(n, _choices, {"temperature": 0.7, **options}, banned)
+    assert all(result == results[0] for result in results)
+    logits, keys = _rows_of_logits()
+    logits[::2, banned] = -torch.inf
+    p = (logits.double() / 0.7).softmax(-1)
+    for row, u, token, logprob in zip(p, keyed_uniform(options.get("seed", 0), *keys), *results[0]):
+        order = row.argsort(descending=True).tolist()[:options.get("top_k", 11)]
+        kept, total, among = [], 0.0, sum(row[i] for i in order)
+        for i in order:
+            if total < options.get("top_p", 1.0) * among and row[i] >= options.get("min_p", 0.0) * row[order[0]]:
+                kept.append(i)
+            total += row[i]
+        q = torch.zeros(11, dtype=torch.float64)
+        q[kept] = row[kept] / row[kept].sum()
+        assert token == int((q.cumsum(0) <= u).sum()) and abs(logprob - q[token].log()) < 1e-5
+
+
+def test_random_numbers_are_splitmix64_of_their_keys():
+    """Published outputs of splitmix64 for the seed 1234567; and 9 x 8000 keys have so many numbers, evenly spread."""
+    from llama_rlhf.sampling import _mix, keyed_uniform
+    golden, states = 0x9e3779b97f4a7c15, []
+    for n in range(3):
+        states.append((1234567 + n * golden + (1 << 63)) % (1 << 64) - (1 << 63))
+    assert [x % (1 << 64) for x in _mix(torch.tensor(states)).tolist()] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    keys = torch.cartesian_prod(*[torch.arange(20)] * 3).unbind(1)
+    numbers = torch.cat([keyed_uniform(seed, *keys) for seed in range(9)])
+    assert len(numbers.unique()) == 72000 and numbers.min() >= 0 and numbers.max() < 1
+    assert (torch.histc(numbers, 10, 0, 1) - 7200).abs().max() < 5 * 7200 ** 0.5
+
+
+def test_no_end_token_comes_before_min_new_tokens(model):
+    ids = model.tokenizer.encode("What?", bos=True)
+    ends = set(generation.generate(model.model, [ids], eos_ids=(), max_new_tokens=12)[0][0].tokens)
+    (short,), = generation.generate(model.model, [ids], eos_ids=tuple(ends), max_new_tokens=12)
+    (long,), = generation.generate(model.model, [ids], eos_ids=tuple(ends), max_new_tokens=12, min_new_tokens=6)
+    assert len(short.tokens) == 1 and short.finished and len(long.tokens) >= 6 and ends.isdisjoint(long.tokens[:6])
+
+
 def test_numbers_out_of_range_are_refused(model):
     for options, said in (({"max_batch_size": 0}, "max_batch_size 0 must be at least 1"), ({"n_samples": 0}, "n_samples 0"), ({"max_seq_len": -5}, "max_seq_len -5"),
                           ({"temperature": 1.0, "seed": 1 << 63}, "--seed 9223372036854775808 must be a number of 64 bits")):
