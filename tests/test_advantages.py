@@ -4,6 +4,8 @@ Inputs are fp64 and tolerances 1e-6, the precision the expected numbers are prin
 """
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -268,6 +270,20 @@ def test_bf16_and_whole_number_inputs_are_computed_in_fp32_and_detached(name):
     assert got.advantages.dtype == got.rewards.dtype == torch.float32 and not got.advantages.requires_grad
     exact = advantages_of(name, {key: x.detach().double() if key in ("scores", "kl", "values") else x for key, x in b.items()})
     near(got.advantages, exact.advantages, 1e-5)
+
+
+def test_the_table_in_the_guide_is_the_table_of_the_program():
+    """Averaging, clipping and KL of a row are wired by its words alone; no test noticed another word."""
+    words = {"tokens": "token-mean", "responses, each by its own tokens": "seq-mean-token-mean", "responses × `--max_new_tokens`": "fixed-length",
+             "responses (sum over tokens)": "seq-mean-token-sum"}
+    guide = (Path(__file__).parent.parent / "docs" / "PPO.md").read_text(encoding="utf-8")
+    found = re.findall(r"^\| `([\w+]+)` \| (.*) \| (.*) \| (.*) \| (yes|no) \|$", guide, re.M)
+    assert [name for name, *_ in found] == list(ALGORITHMS)
+    for name, advantage, averaged, kl, critic in found:
+        row = ALGORITHMS[name]
+        assert row.aggregation == words[averaged.removesuffix(", no clipping")] and row.clips == ("no clipping" not in averaged)
+        assert (row.whitens, row.needs_group, row.uses_critic) == ("whitened" in advantage, "group" in advantage or "other" in advantage, critic == "yes")
+        assert kl == (f"{row.kl_estimator} in the {row.kl_in}, {row.kl_coef:g}" if row.kl_coef else f"none (`--kl_coef` adds {row.kl_estimator} to the {row.kl_in})")
 
 
 def test_check_algorithm_accepts_every_row_with_fitting_options():
