@@ -64,6 +64,34 @@ def test_rows_do_not_see_each_other(world_of_one, tmp_path):
     assert not torch.equal(a[:3], b[:3])
 
 
+def test_a_cache_keeps_what_its_slots_hold_while_its_room_changes(world_of_one):
+    """On a CPU keys stand at the front of their memory with as many positions as the longest row needs: other room, other places, the same memory."""
+    from llama_rlhf.models.attention import Rows
+    from llama_rlhf.models.kv_cache import KVCache
+    torch.manual_seed(0)
+    cache, held = KVCache(2, 3, 2, 300, 4, dtype=torch.float32, device="cpu"), {}
+
+    def holds(room, most=300):
+        assert cache.k[0].shape[2] == room
+        for (slot, layer), (k, v) in held.items():
+            for x, kept in ((k, cache.k[layer]), (v, cache.v[layer])):
+                assert torch.equal(x.transpose(0, 1)[:, :most], kept[slot, :, :min(len(x), most)])
+        assert all(torch.equal(kept, x[:3]) for layer, pair in enumerate(cache._prefix) for kept, x in zip(pair, held[0, layer]))
+
+    for slot, n, room in ((0, 130, 192), (1, 5, 192), (2, 60, 192)):      # a short prompt beside a long row takes nothing from it
+        rows = Rows.packed([n])
+        cache.begin_prefill([slot], rows)
+        for layer in range(2):
+            held[slot, layer] = torch.randn(n, 2, 4), torch.randn(n, 2, 4)
+            cache.prefill(layer, torch.randn(n, 2, 4), *held[slot, layer], rows, None, None)
+        holds(room)
+        if not slot:
+            cache.keep_prefix(3)
+    for longest, room in ((200, 256), (130, 256), (60, 64), (131, 192)):
+        cache.begin_decode(torch.tensor([min(longest, 130), 5, 60]), longest)
+        holds(room, most=60 if longest == 60 or room == 192 else 300)
+
+
 def varlen_attn_as_documented(q, k, v, ends_q, ends_k, max_q, max_k, *, window_size, enable_gqa):
     """torch.nn.attention.varlen.varlen_attn, which runs on a GPU only, from its documentation."""
     assert ends_q.dtype == torch.int32 and max_q == max_k == ends_q.diff().max() and enable_gqa
@@ -82,7 +110,7 @@ def test_every_form_of_attention_gives_the_same_values_and_gradients(world_of_on
     or computed again: which one runs depends on device, dtype and lengths alone."""
     from llama_rlhf.models import attention, transformer
     torch.manual_seed(0)
-    lengths = [9, 8, 9, 5, 1, 2]
+    lengths = [9, 8, 9, 4, 1, 2]        # 4: one more than the window
     inputs = [torch.randn(sum(lengths), heads, 8, requires_grad=True) for heads in (4, 2, 2)]
     weight, slopes = torch.randn(sum(lengths), 4, 8), torch.tensor([0.5, 0.25, 0.125, 0.1])
     added = transformer.alibi_bias(slopes, 9, torch.float32) if bias else None
