@@ -185,7 +185,7 @@ def named(name: str) -> Algorithm:
 def check_algorithm(name: str, *, n_samples_per_prompt: int = 1, has_critic_ckpt: bool = False, kl_coef: float = 0.0, kl_target: float | None = None,
                     kl_horizon: float = 10_000, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None,
                     value_clip: float | None = 0.2, gamma: float = 1.0, lam: float = 0.95, whiten_rewards: bool = False,
-                    bootstrap_truncated: bool = False, missing_end_penalty: float = 0.0) -> Algorithm:
+                    bootstrap_truncated: bool = False) -> Algorithm:
     """The row `name`, if the run's options can go together with it; otherwise ValueError naming the first that cannot."""
     row = named(name)
     critic, adaptive = row.uses_critic, kl_target is not None
@@ -196,8 +196,6 @@ def check_algorithm(name: str, *, n_samples_per_prompt: int = 1, has_critic_ckpt
         (has_critic_ckpt and not critic, f"{name} has no critic: leave --critic_ckpt_dir out, or use --algorithm ppo"),
         (whiten_rewards and not critic, f"--whiten_rewards belongs to ppo, not to {name}"),
         (bootstrap_truncated and not critic, f"--bootstrap_truncated needs the value of a critic, and {name} has none"),
-        (bootstrap_truncated and missing_end_penalty != 0, "--bootstrap_truncated says a cut response would go on, a penalty for the missing end "
-                                                           "says it failed: choose one"),
         (not 0 <= kl_coef < math.inf, f"--kl_coef {kl_coef} must be 0 or more: the KL to the reference is a cost"),
         (adaptive and row.kl_in == "loss",
          f"--kl_target adapts the KL coefficient in the reward, but {name} has its KL in the loss: use a fixed --kl_coef"),

@@ -49,13 +49,11 @@ class Statistics:
 
     prompt_tokens: int = 0          # that were computed: what all prompts begin with counts once
     new_tokens: int = 0
-    decode_steps: int = 0
     decode_rows: int = 0            # rows computed, over all decode steps: every one gives a token of a response
     slot_steps: int = 0             # slots x steps: what a static batch of the same size would have computed
     slots: int = 0                  # rows at once
     cache_bytes: int = 0
     seconds: float = 0.0
-    prefill_seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -252,7 +250,7 @@ class _Batch:
 
     def prefill(self, waiting: list[tuple[int, int]]):
         """Fill the free slots from the end of `waiting`: one packed forward over the new prompts, copies for further samples of one."""
-        start, behind = time.perf_counter(), self.behind
+        behind = self.behind
         if behind and not self.cache.has_prefix:
             self._forward([0], [self.prompts[0][:behind]], 0)
             self.cache.keep_prefix(behind)
@@ -287,9 +285,7 @@ class _Batch:
         del waiting[taken:]
         self.active.extend(new)
         self.statistics.prompt_tokens += n_tokens
-        accepted = self._accept(first, token, logprob)
-        self.statistics.prefill_seconds += time.perf_counter() - start
-        return accepted
+        return self._accept(first, token, logprob)
 
     def _forward(self, slots: list[int], tokens: list[list[int]], behind: int) -> torch.Tensor:
         """Rows of these tokens, so many more before them in the cache, to these slots: [rows, dim] the states of their last."""
@@ -304,7 +300,6 @@ class _Batch:
         hidden = self.forward(n, max(row.length + len(row.tokens) for row in self.active) - 1)
         self.lengths[:n] += 1
         token, logprob = self._pick(hidden, self.active, slice(0, n))
-        self.statistics.decode_steps += 1
         self.statistics.decode_rows += n
         self.statistics.slot_steps += self.n_slots
         return self._accept(0, token, logprob)

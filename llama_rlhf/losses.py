@@ -123,8 +123,6 @@ def prediction_rows(lengths: list[int], prompt_lengths: list[int]) -> tuple[torc
     return tokens - 1, tokens
 
 
-
-
 # ---- reinforcement learning and reward models: elementwise on tensors of one shape, packed [N] (response tokens only) in practice.
 # fp32, or fp64 for fp64 input. A step's loss is sum(weights * losses over all micro-batches and ranks) / sum(counts): `aggregation_weights`.
 
@@ -139,15 +137,15 @@ def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: str = 
     """Estimates of KL(policy || reference) in nats at tokens the policy sampled; differentiable (Schulman 2020, "Approximating KL divergence").
 
     With d = logprobs - ref_logprobs: k1 d, may be negative; k2 d^2/2, whose gradient as a loss is the KL's own on-policy;
-    k3 exp(-d) + d - 1, never negative; abs |d|, not a KL. k3 is held at d = -20, without gradient below.
+    k3 exp(-d) + d - 1, never negative. k3 is held at d = -20, without gradient below.
     """
     d = _fp32(logprobs) - _fp32(ref_logprobs)
     if kind == "k3":
         d = d.clamp(min=-_MAX_LOG_RATIO)
         return torch.expm1(-d) + d      # exp(-d) - 1 + d would lose the digits of small d, and with them the sign
-    if kind not in ("k1", "k2", "abs"):
-        raise ValueError(f"KL estimator {kind!r}: use k1, k2, k3 or abs")
-    return {"k1": d, "k2": 0.5 * d * d, "abs": d.abs()}[kind]
+    if kind not in ("k1", "k2"):
+        raise ValueError(f"KL estimator {kind!r}: use k1, k2 or k3")
+    return d if kind == "k1" else 0.5 * d * d
 
 
 def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, *, clip_low: float = 0.2,

@@ -115,10 +115,10 @@ class RunLog:
         except OSError as error:
             raise type(error)(error.errno, f"cannot write the log in {self.log_dir}: {error.strerror}. Complete saves are untouched") from error
 
-    def advance(self, n: int = 1, **shown) -> None:
+    def advance(self, **shown) -> None:
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(n)
+            self._bar.update(1)
 
     def resumed(self, step: int) -> None:
         """The run continues after this step: what was recorded beyond it is void, and the time it took is no measure for the rest."""

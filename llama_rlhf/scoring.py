@@ -6,7 +6,7 @@ spelling per meaning, as `tasks.gsm8k.extract_tolerant` returns it; None is "no 
 
 from bisect import bisect_left
 from collections import Counter
-from math import comb, isfinite, log, sqrt
+from math import comb, isfinite, sqrt
 from statistics import fmean, quantiles
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -72,16 +72,6 @@ def best_of_k(scores, correct, k):
 def best_of_n(scores):
     """Index of the best-scored sample; at equal scores the first."""
     return max(range(_check_scores(scores)), key=lambda i: (scores[i], -i))
-
-
-def best_of_n_kl_bound(n):
-    """Upper bound, in nats, on KL(best-of-n policy || base policy): ln n - (n-1)/n.
-
-    Often quoted as an equality; that it is only a bound is shown by Beirami et al. 2024, arXiv:2401.01879.
-    """
-    if n < 1:
-        raise ValueError(f"n={n}: needs n >= 1")
-    return log(n) - (n - 1) / n
 
 
 # ----------------------------------------------------------------------------------------------------------------

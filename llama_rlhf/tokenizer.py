@@ -90,8 +90,8 @@ class Tokenizer:
         names of control tokens in `text` as those tokens, which is not for text that comes from users."""
         return self._framed(self._encode_parts(self._split(text) if special else [text]), bos, eos)
 
-    def encode_batch(self, texts, *, bos=False, eos=False, special=False):
-        return [self.encode(text, bos=bos, eos=eos, special=special) for text in texts]
+    def encode_batch(self, texts, *, bos=False, eos=False):
+        return [self.encode(text, bos=bos, eos=eos) for text in texts]
 
     def _framed(self, ids, bos, eos):
         head = [self.bos_id] if bos and self.bos_id is not None else []
@@ -360,8 +360,7 @@ class JsonTokenizer(Tokenizer):
         with reading("tokenizer.json", "cannot encode this text with it"):  # a splitting rule that never ends is given up
             return self._rust.encode(self._text_of(parts), add_special_tokens=False).ids
 
-    def encode_batch(self, texts, *, bos=False, eos=False, special=False):
-        texts = [self._text_of(self._split(text)) if special else text for text in texts]
+    def encode_batch(self, texts, *, bos=False, eos=False):
         with reading("tokenizer.json", "cannot encode these texts with it"):
             encoded = self._rust.encode_batch(texts, add_special_tokens=False)
         return [self._framed(item.ids, bos, eos) for item in encoded]
@@ -408,8 +407,8 @@ _BYTE_OF_CHARACTER = {character: byte for byte, character in enumerate(_CHARACTE
 
 # -- tiktoken files: lines of base64(token) and rank; the regex and the control tokens are known by family ---------
 
-_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_SPLIT = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# the published splitting rules: Qwen's (one digit at a time) and Llama 3's (up to three)
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3_NAMES = [
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
     "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
@@ -419,11 +418,11 @@ _LLAMA3_NAMES += [f"<|reserved_special_token_{n}|>" for n in range(3, 3 + 256 - 
 _QWEN_NAMES = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"] + [f"<|extra_{n}|>" for n in range(205)]
 TIKTOKEN_FAMILIES: dict[int, dict] = {  # by number of ranks
     151643: dict(
-        pattern=_SPLIT.replace("DIGITS", ""), special_names=_QWEN_NAMES, nfc=True, chat_format="chatml",
+        pattern=SPLIT.replace("DIGITS", ""), special_names=_QWEN_NAMES, nfc=True, chat_format="chatml",
         names={"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}, eos_names=("<|im_end|>",),
     ),
     128000: dict(
-        pattern=_SPLIT.replace("DIGITS", "{1,3}"), special_names=_LLAMA3_NAMES, nfc=False, chat_format="llama-3",
+        pattern=SPLIT.replace("DIGITS", "{1,3}"), special_names=_LLAMA3_NAMES, nfc=False, chat_format="llama-3",
         names={"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>",
                "pad_token": "<|finetune_right_pad_id|>"}, eos_names=("<|eom_id|>", "<|eot_id|>"),
     ),

@@ -299,7 +299,6 @@ def test_check_algorithm_accepts_every_row_with_fitting_options():
     ("ppo", {"n_samples_per_prompt": 0}, "at least 1"),
     ("reinforce++", {"has_critic_ckpt": True}, "no critic"), ("reinforce++", {"whiten_rewards": True}, "whiten_rewards"),
     ("reinforce++", {"bootstrap_truncated": True}, "bootstrap_truncated"),
-    ("ppo", {"bootstrap_truncated": True, "missing_end_penalty": 1.0}, "choose one"),
     ("ppo", {"kl_coef": -0.1}, "--kl_coef -0.1"), ("ppo", {"kl_coef": NAN}, "--kl_coef nan"),
     ("grpo", {"n_samples_per_prompt": 2, "kl_coef": 0.1, "kl_target": 6}, "--kl_target.*in the loss"),
     ("ppo", {"kl_coef": 0.1, "kl_target": 0}, "--kl_target 0"), ("ppo", {"kl_target": 6}, "cannot start from 0.0"),

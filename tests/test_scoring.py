@@ -10,7 +10,6 @@ import pytest
 from llama_rlhf.scoring import (
     best_of_k,
     best_of_n,
-    best_of_n_kl_bound,
     majority_vote,
     mcnemar_exact,
     pass_at_k,
@@ -93,11 +92,6 @@ def test_best_of_k_at_n_is_best_of_n():
     assert best_of_k([0.5, 0.9, 0.9], [0, 1, 0], 3) == 1
 
 
-@pytest.mark.parametrize("n, expected", [(1, 0), (2, 0.19314718), (4, 0.63629436), (8, 1.20444154), (64, 3.17450808)])
-def test_best_of_n_kl_bound_known_values(n, expected):
-    assert best_of_n_kl_bound(n) == pytest.approx(expected, abs=1e-8)
-
-
 def test_the_three_votes_differ_where_they_should():
     assert majority_vote(ANSWERS) == "7"
     assert weighted_vote(ANSWERS, SCORES) == "8"  # 1.7 against 0.6 and 0.95
@@ -172,7 +166,6 @@ def test_mcnemar_equals_counting_coin_flips():
         (lambda: best_of_n([0.1, math.nan]), r"scores\[1\] is nan"),
         (lambda: weighted_vote(["1"], [0.1, 0.2]), "1 answers but 2 scores"),
         (lambda: top_vote(["1"], [0.1], 0), "m=0"),
-        (lambda: best_of_n_kl_bound(0), "n=0"),
     ],
 )
 def test_meaningless_input_is_refused_with_its_numbers(call, message):

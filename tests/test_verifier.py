@@ -366,6 +366,7 @@ def test_score_by_length_by_hand():
     assert [(q["longest"], q["n"], q["score"]) for q in result["quarters"]] == [(10, 1, 1.0), (20, 1, 2.0), (30, 1, 3.0), (40, 1, 6.0)]
     assert score_by_length([1.0, 2.0], [5, 5]) == {"correlation": None, "quarters": [{"longest": 5, "n": 2, "score": 1.5}]}
     assert score_by_length([1.0], [5])["correlation"] is None
+    assert [q["n"] for q in score_by_length([1.0] * 5, [10, 12, 20, 30, 40])["quarters"]] == [2, 1, 1, 1], "a quarter ends with its bound"
 
 
 def test_metrics_weigh_pairs_and_problems(world_of_one):
@@ -386,7 +387,7 @@ def test_metrics_weigh_pairs_and_problems(world_of_one):
     assert compared["calibration_error"] == pytest.approx((3 - sum(confidence[:3]) + confidence[3]) / 4, abs=1e-6)
 
 
-SAMPLES = [dict(answer=a, correct=a == "8", score=s, weight=s) for a, s in zip(("8", "8", "7", "7", "7", "12"), (.9, .8, .2, .3, .1, .95))]
+SAMPLES = [dict(answer=a, correct=a == "8", score=s - 0.9, weight=s) for a, s in zip(("8", "8", "7", "7", "7", "12"), (.9, .8, .2, .3, .1, .95))]
 
 
 def test_selection_of_the_published_vector():

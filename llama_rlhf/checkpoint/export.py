@@ -10,7 +10,7 @@ import torch
 
 from llama_rlhf.checkpoint import store
 from llama_rlhf.checkpoint.convert import interleaved_to_half
-from llama_rlhf.checkpoint.formats import CheckpointError, TensorInfo, read_json
+from llama_rlhf.checkpoint.formats import CheckpointError, TensorInfo, optional_json
 from llama_rlhf.checkpoint.gguf_tokenizer import write_fast_tokenizer
 from llama_rlhf.checkpoint.shards import COMPANIONS, Rewrite, check_new_folder, copy_companions
 from llama_rlhf.checkpoint.writer import SafetensorsWriter
@@ -91,7 +91,7 @@ def export_hf(source: str, folder: str, *, dtype: torch.dtype | None = None, mod
             special = _special_ids(temporary, tokenizer or rewrite.tokenizer_source, config.vocab_size)
             store.write_json(os.path.join(temporary, "config.json"), {
                 **family.write_hf(config), **special, "torch_dtype": _common_dtype(infos)})
-            generation = _json(temporary, "generation_config.json")
+            generation = optional_json(temporary, "generation_config.json")
             if generation | special != generation:
                 store.write_json(os.path.join(temporary, "generation_config.json"), generation | special)
             try:
@@ -203,18 +203,13 @@ def _group(infos: dict[str, TensorInfo], limit: int) -> dict[str, list[str]]:
     return {f"model-{i:05d}-of-{len(ordered):05d}.safetensors": names for i, names in enumerate(ordered, 1)}
 
 
-def _json(folder: str, name: str) -> dict:
-    path = os.path.join(folder, name)
-    return read_json(path) if os.path.isfile(path) else {}
-
-
 def _special_ids(folder: str, source: str, n_rows: int) -> dict:
     """bos, eos and pad ids: of generation_config.json in `folder`; those it lacks, of the source's config.json; else of the tokenizer.
 
     Of the eos a list is all there are; to a single one come the tokenizer's, the first of which ends the answers in training.
     """
     from llama_rlhf.tokenizer import load_tokenizer
-    known, eos = [_json(folder, "generation_config.json"), _json(source, "config.json")], []
+    known, eos = [optional_json(folder, "generation_config.json"), optional_json(source, "config.json")], []
     try:
         tokenizer = load_tokenizer(folder)
         eos = list(tokenizer.eos_ids)

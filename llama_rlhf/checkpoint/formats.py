@@ -646,7 +646,7 @@ def _open_folder(folder, names):
 
 
 def _checkpoint(path, folder, kind, files):
-    generation_config = _optional_json(folder, "generation_config.json")
+    generation_config = optional_json(folder, "generation_config.json")
     if isinstance(files[0], _GgufFile):
         return Checkpoint(path, folder, "gguf", files, files[0].metadata, None, generation_config)
     # consolidated files are described by the params.json beside them, all others by config.json
@@ -693,7 +693,8 @@ def _the_only(folder, candidates, preferred):
 # ---- json and index files ------------------------------------------------------------------------------------------
 
 
-def _optional_json(folder, name):
+def optional_json(folder, name):
+    """The json object in a file of a folder; {} without the file."""
     path = os.path.join(folder, name)
     return read_json(path) if os.path.exists(path) else {}
 

@@ -11,6 +11,7 @@ becomes, so a name this module does not know is refused rather than replaced by 
 import json
 import os
 
+from llama_rlhf.tokenizer import SPLIT, load_tokenizer
 from llama_rlhf.untrusted import reading
 
 from .formats import CheckpointError, read_gguf_header
@@ -18,11 +19,6 @@ from .formats import CheckpointError, read_gguf_header
 MAX_TOKEN = 1000  # characters; each of a token's cuts in two may be a merge
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 
-# The published splitting rules: Qwen2 (one digit at a time) and Llama 3 (up to three digits).
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 BYTES_ONLY = BYTE_LEVEL | {"use_regex": False}
 
@@ -83,8 +79,6 @@ def write_fast_tokenizer(folder) -> list[str]:
     PROBES, a conversation and every piece of sentencepiece are encoded with both. Returns what came out otherwise: user-defined
     pieces, which sentencepiece cuts out of a text first, are spelled out by the new file. If one of PROBES did, no tokenizer.json is left.
     """
-    from llama_rlhf.tokenizer import load_tokenizer
-
     tokenizer = load_tokenizer(folder)
     if tokenizer.kind not in ("sentencepiece", "tiktoken"):
         return []

@@ -31,8 +31,8 @@ def _qwen1(dim, n_layers, n_heads, ffn_dim, vocab, trained=None, **more):
                   ntk_beyond=trained, logn_beyond=trained, **more)
 
 
-def _qwen2(dim, n_layers, n_heads, kv, ffn_dim, vocab, tied, eps=1e-6):
-    return _llama(dim, n_layers, n_heads, ffn_dim, kv=kv, vocab=vocab, eps=eps, theta=1e6, length=32768, family="qwen2",
+def _qwen2(dim, n_layers, n_heads, kv, ffn_dim, vocab, tied):
+    return _llama(dim, n_layers, n_heads, ffn_dim, kv=kv, vocab=vocab, eps=1e-6, theta=1e6, length=32768, family="qwen2",
                   qkv_bias=True, tie_embeddings=tied)
 
 

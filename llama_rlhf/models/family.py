@@ -117,10 +117,10 @@ STACKED_EXPERTS = {
 }
 
 
-def hf_rope(c: dict, default_theta: float = 10000.0) -> tuple[float, dict | None]:
+def hf_rope(c: dict) -> tuple[float, dict | None]:
     """rope theta and scaling from config.json, in both spellings: rope_theta + rope_scaling, or transformers 5's rope_parameters."""
     parameters = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
-    theta = float(parameters.pop("rope_theta", None) or c.get("rope_theta") or default_theta)
+    theta = float(parameters.pop("rope_theta", None) or c.get("rope_theta") or 10000.0)
     kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     parameters.pop("type", None)
     return theta, None if kind == "default" else {"rope_type": kind, **parameters}

@@ -233,11 +233,6 @@ def log(*words, **kwargs) -> None:
         sys.stdout.flush()
 
 
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
-
-
 def broadcast_object(value):
     """Rank 0's picklable value, on every rank."""
     if world_size() == 1:

@@ -32,12 +32,11 @@ class Partition:
         if n > config.vocab_size:
             raise ValueError(f"a vocabulary of {config.vocab_size} cannot be cut for {n} ranks: a rank would have none of it. "
                              f"Use 1 to {config.vocab_size} ranks.")
-        self.n = n
         self.heads = even_ranges(config.n_heads, n)
         group = config.n_heads // config.n_kv_heads
         first_kv = lambda start, stop: start // group if start < stop else -(-start // group)  # noqa: E731
         self.kv_heads = tuple((first_kv(start, stop), -(-stop // group)) for start, stop in self.heads)
-        self.group, self.n_kv_heads = group, config.n_kv_heads
+        self.group = group
         owned_kv, done = [], 0
         for _, stop in self.kv_heads:           # a kv head belongs to the first rank that holds it
             owned_kv.append((done, max(done, stop)))

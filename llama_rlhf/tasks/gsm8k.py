@@ -212,17 +212,8 @@ def read_label(label):
     return _value(number)
 
 
-def correct(rule, text, label):
-    """Whether `text` answers `label` under rule "A", "B", "C" or "D". An output without an answer is wrong.
-
-    A, B and C compare strings, so 18.00 is not 18 there. The label is brought to canonical form first; every label
-    of the official data is an integer, for which that changes nothing but the commas all rules remove.
-    """
-    return _extractor(rule)(text) == read_label(label)
-
-
 def score(problem, text, finished, *, rule=RULE, reward=False):
-    """Mark one model output under all four rules; `rule` names the one that `answer` and `score` report.
+    """Mark one model output under all four rules; `rule` names the one that `answer` and `score` report. A, B and C compare strings: 18.00 is not 18 there.
 
     finished: the model ended the text itself (end token or stop string) rather than running into the length limit.
     reward: the score is trained on. Then rule D treats unfinished text as `extract_tolerant(truncated=True)` does.
@@ -234,12 +225,6 @@ def score(problem, text, finished, *, rule=RULE, reward=False):
         answers["D"] = extract_tolerant(text, truncated=True)
     label = read_label(problem.label)
     return scored(rule, finished, {name: (answer, answer == label) for name, answer in answers.items()})
-
-
-def _extractor(rule):
-    if rule not in RULES:
-        raise ValueError(f"unknown rule {rule!r}. Known rules: {', '.join(RULES)}")
-    return RULES[rule]
 
 
 # ----------------------------------------------------------------------------------------------------------------
