@@ -98,6 +98,36 @@ def test_sequence_parallel_gives_the_same_gradients_and_steps(name, lora_rank, r
         assert all(output[4] == many[0][4] for output in many), "replicated parameters differ in bits"
 
 
+@pytest.mark.parametrize("limit", [0.05, 1e6, 0.0])
+def test_a_step_is_adamw_with_clipping_and_decay_of_matrices_only(limit, world_of_one, tmp_path):
+    """AdamW written down (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2). Layouts are compared with each other elsewhere: clipping, decay or the
+    averages' rates could be wrong in all of them."""
+    from llama_rlhf.checkpoint.shards import load_model
+    from llama_rlhf.trainer import Trainer, response_logprobs
+    make_hf(tmp_path, "qwen2")
+    model = load_model(str(tmp_path))
+    tokens, prompts = [row for row, _ in ROWS], [n for _, n in ROWS]
+    n_tokens = sum(map(len, tokens)) - sum(prompts)
+    loss = lambda _: -response_logprobs(model, tokens, prompts).sum()  # noqa: E731
+    trainer = Trainer(model, lr=1e-2, eps=1e-3, total_steps=9, schedule="constant", weight_decay=0.1, max_grad_norm=limit)
+    named = dict(model.named_parameters())
+    weights = {name: p.detach().clone() for name, p in named.items()}
+    decayed = {name for name in named if name.startswith("layers") and name.endswith("weight") and "norm" not in name}
+    assert len(decayed) == 4 * model.config.n_layers and any(name.endswith("bias") for name in named)
+    m, v = ({name: torch.zeros_like(w) for name, w in weights.items()} for _ in range(2))
+    for t in (1, 2, 3):
+        gradients = torch.autograd.grad(loss(0) / n_tokens, list(named.values()))
+        norm = sum(g.double().square().sum() for g in gradients).sqrt().item()
+        for name, g in zip(named, gradients):
+            g = g * min(1.0, limit / norm) if limit else g
+            m[name], v[name] = 0.9 * m[name] + 0.1 * g, 0.95 * v[name] + 0.05 * g ** 2
+            weights[name] *= 1 - 1e-2 * 0.1 * (name in decayed)
+            weights[name] -= 1e-2 * m[name] / (1 - 0.9 ** t) / ((v[name] / (1 - 0.95 ** t)).sqrt() + 1e-3)
+        assert trainer.step([0], loss, lambda _: n_tokens).grad_norm == pytest.approx(norm, rel=1e-5)
+    for name, p in named.items():
+        assert (p - weights[name]).abs().max() < 2e-5, name        # fp32; steps of 1e-2
+
+
 @pytest.mark.parametrize("splits", [[[0], [1], [2], [3]], [[3, 1], [0, 2]], [[0, 1, 2], [3]], [[0, 1, 2, 3], []]])
 def test_any_split_into_micro_batches_gives_the_same_gradient(splits, tmp_path):
     make_hf(tmp_path, "llama")

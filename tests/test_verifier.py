@@ -400,8 +400,25 @@ def test_selection_of_the_published_vector():
     # of the 15 pairs of samples the right ones win where 12 is not drawn: {8, 8} and twice {8, 7}
     assert metrics["by_k"]["2"]["best"]["accuracy"] == pytest.approx(7 / 15) and metrics["by_k"]["6"]["best"]["accuracy"] == 0
     assert metrics["paired"]["best of n against first sample"] == {"n": 1, "gained": 0, "lost": 1, "p": 1.0}
+    assert metrics["by_k"]["1"]["pass"]["accuracy"] == pytest.approx(2 / 6), "of all samples, not of the first"
     nobody = [dict(answer=None, correct=False, score=0.0, weight=0.0)] * 2
     assert all(not hits[1] for hits in selection([SAMPLES, nobody])[1].values())
+
+
+def test_pass_at_k_of_an_evaluation_is_over_all_answers_to_a_problem(world_of_one):
+    from llama_rlhf.evaluation import summarize
+    rows = [dict(id=i, correct=c, correct_by_rule={"D": c}, finished=True, n_tokens=3) for i, group in enumerate(((False, False, True, True), (False, False, False, True)))
+            for c in group]
+    assert summarize(rows, "D")["pass_at_k"] == {"1": pytest.approx((2 / 4 + 1 / 4) / 2), "2": pytest.approx((1 - 1 / 6 + 1 - 3 / 6) / 2), "4": 1.0}
+
+
+def test_what_a_raw_score_says_of_being_right(world_of_one):
+    from llama_rlhf.reward import probability
+    raw, told = torch.tensor([-1.0, 1.5, 2.5]), {"offset": 1.5, "scale": 2.0}
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    assert probability({"loss": "pairwise", "form": "linear", **told}, raw).tolist() == pytest.approx([sigmoid(-2.5), 0.5, sigmoid(1.0)]), "against the average response"
+    assert probability({"loss": "bce", "form": "sigmoid", **told}, raw).tolist() == pytest.approx([sigmoid(x) for x in raw.tolist()])
+    assert probability({"loss": "mse", "form": "linear", **told}, raw).tolist() == [0, 1, 1]
 
 
 def test_paired_comparison():
