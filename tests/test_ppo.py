@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from ranks import run_ranks, run_script
-from toys import add_bytes_tokenizer, make_hf
+from toys import add_bytes_tokenizer, logits_of, make_hf
 
 PROMPTS = [{"instruction": f"{a}+{b}?", "output": f"#### {a + b}"} for a in range(5) for b in range(4)]
 SHORT = dict(max_buffer_size=8, minibatch_size=4, max_batch_size=4, max_new_tokens=8, dtype="fp32", max_iterations=2, actor_lr=1e-4, critic_lr=1e-3,
@@ -391,6 +391,49 @@ def test_a_buffer_in_which_every_response_was_cut_is_warned_about():
     assert warnings({"finished_share": 0.25}, True) == []
     said, = warnings({"finished_share": 0.0}, True)
     assert "raise --max_new_tokens" in said
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "dr_grpo", "rloo", "reinforce++"])
+def test_the_loss_of_an_actor_step_is_that_of_its_algorithm(name, toy, world_of_one):
+    """Written down per token and per response: clipping, the KL and the entropy in the loss, and what it is divided by. Layouts are compared with each other
+    elsewhere: a sign could be wrong in all of them."""
+    from llama_rlhf.advantages import ALGORITHMS, Advantages
+    from llama_rlhf.checkpoint.shards import load_model
+    from llama_rlhf.ppo import UpdateSettings, update_actor
+    from llama_rlhf.rollout import Response, Rollout, RolloutSettings
+    from llama_rlhf.trainer import StepResult
+    generator, lengths, responses, kept = torch.Generator().manual_seed(0), (5, 1, 3, 7), [], []
+    actor, temperature = load_model(str(toy / "hf")), 0.7
+    for i, length in enumerate(lengths):
+        tokens = torch.randint(40, 250, (i + 2 + length,), generator=generator).tolist()
+        logp = (logits_of(actor, [tokens]) / temperature).log_softmax(-1)[i + 1:-1]
+        logprobs = logp[torch.arange(length), tokens[i + 2:]].detach()
+        old, ref = (logprobs + torch.randn(length, generator=generator) * 0.3 for _ in range(2))
+        responses.append(Response(i // 2, i % 2, tokens, i + 2, True, "", None, {}, old, old, old, ref))
+        kept.append((logprobs, old, ref, torch.randn(length, generator=generator), -(logp.exp() * logp).sum(-1).detach()))
+    rollout = Rollout.of(responses, RolloutSettings(temperature=temperature))
+    advantages = torch.zeros(rollout.mask.shape).masked_scatter(rollout.mask, torch.cat([a for *_, a, _ in kept]))
+    settings = UpdateSettings(epochs=1, minibatch_size=4, max_batch_size=3, temperature=temperature, max_new_tokens=9, clip_low=0.1, clip_high=0.3, entropy_coef=0.2, kl_coef=0.5)
+    found = []
+
+    class Sum:
+        model = actor
+
+        def step(self, micro_batches, loss_sum, count):
+            found.append(float(sum(loss_sum(rows).detach() for rows in micro_batches)) / sum(map(count, micro_batches)))
+            return StepResult(found[0], 1, 1.0, 0.0, False)
+
+    update_actor(Sum(), rollout, Advantages(advantages, advantages, None, advantages), ALGORITHMS[name], settings, 0)
+    per_response = []
+    for logprobs, old, ref, a, entropy in kept:
+        ratio = (logprobs - old).exp()
+        loss = -a * ratio if name == "rloo" else torch.maximum(-a * ratio, -a * ratio.clamp(0.9, 1.3))
+        if name in ("grpo", "dr_grpo"):
+            loss = loss + 0.5 * ((ref - logprobs).exp() - (ref - logprobs) - 1)
+        per_response.append(loss - 0.2 * entropy)
+    expected = {"ppo": torch.cat(per_response).mean(), "reinforce++": torch.cat(per_response).mean(), "grpo": sum(x.mean() for x in per_response) / 4,
+                "dr_grpo": sum(x.sum() for x in per_response) / (4 * 9), "rloo": sum(x.sum() for x in per_response) / 4}[name]
+    assert found == [pytest.approx(float(expected), abs=1e-4)]
 
 
 def test_the_critic_sees_every_response_once(toy, world_of_one, monkeypatch):

@@ -400,6 +400,16 @@ def test_prediction_rows_shift_by_one():
         prediction_rows([3], [0])
 
 
+def test_a_bf16_weight_and_its_16_bits_are_the_fp32_value():
+    """Every low half of fp32 beside an even and an odd bf16, of both signs; only a tie that rounds down is given back as its neighbour."""
+    from llama_rlhf.trainer import _joined, _split
+    bits = torch.cat([torch.arange(1 << 16, dtype=torch.int32) + (high << 16) - (1 << 32) * (high >> 15) for high in (0x3f80, 0x3f81, 0xbf80, 0xbf81)]).int()
+    value, p, rest = bits.view(torch.float32), torch.empty(len(bits), dtype=torch.bfloat16), torch.empty(len(bits), dtype=torch.int16)
+    _split(value, p, rest)
+    off = (_joined(p, rest).view(torch.int32) - bits).abs()
+    assert torch.equal(p, value.bfloat16()) and off.max() == 1 and off.nonzero()[:, 0].tolist() == [0x8000, (2 << 16) + 0x8000]
+
+
 def test_schedule_values():
     """Warm-up 5, total 20, cosine: by hand from the formula."""
     from llama_rlhf.trainer import learning_rate
