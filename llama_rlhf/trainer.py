@@ -26,7 +26,7 @@ _SCALE_GROWS_AFTER = 2000       # steps without an overflow (as torch's GradScal
 
 
 def learning_rate(step: int, *, peak: float, total_steps: int, warmup_steps: int, final_ratio: float = 0.0, schedule: str = "cosine") -> float:
-    """The rate of optimizer step `step` (from 0): linear warm-up (step+1)/warmup, then cosine or linear to final_ratio * peak."""
+    """The rate of optimizer step `step` (from 0): linear warm-up (step+1)/warmup, then cosine or linear to final_ratio * peak, or constant."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))

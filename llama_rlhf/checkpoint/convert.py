@@ -176,7 +176,7 @@ class NativeView:
     """A checkpoint's tensors under native names.
 
     wanted: native name -> Piece (full shape, cut dimension) of every tensor the model needs.
-    optional: native names that may be absent (new adapters, a new value head).
+    optional: native names that may be absent (new adapters, a new value head).  ignored: foreign names that may be left over.
     merge_lora: alpha / rank of adapters, among `wanted`, to be added into their base weights, or None.
     absent: gives the whole of a tensor that the checkpoint lacks, when such a one is read.
     """

@@ -92,7 +92,7 @@ def load_model(path: str, model_class: type[Transformer] = CausalLM, *, lora: Lo
     need_head: a ValueModel's head must be in the checkpoint; otherwise a missing one is drawn.
     share: models already loaded. A frozen weight equal, bit for bit, to a frozen one of theirs is the same memory: one base
           serves several adapters.
-    A ValueModel's `score` is what the checkpoint says of its scores: {"offset", "scale", "form"}, None when nothing.
+    A ValueModel's `score` is what the checkpoint says of its scores (see reward.py), None when nothing.
     Raises CheckpointError (a ValueError) or FileNotFoundError on every rank.
     """
     path = store.resolve(path)

@@ -382,7 +382,7 @@ def recompute_period(what: str) -> int:
 
 
 class Transformer(nn.Module):
-    """Token ids [T] -> hidden states [T, dim] after the final norm. Built empty (meta); see checkpoint.shards.load_into."""
+    """Token ids [T] -> hidden states [T, dim] after the final norm. Built empty (meta); see checkpoint.shards.load_model."""
 
     def __init__(self, config: ModelConfig, *, lora: Lora | None = None, dtype: torch.dtype = torch.float32):
         super().__init__()

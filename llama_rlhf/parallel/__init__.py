@@ -1,1 +1,1 @@
-"""Tensor parallelism by hand, on FairScale's process groups. The only package that knows ranks and devices."""
+"""Tensor parallelism by hand, on FairScale's process groups. The only package that starts process groups and chooses devices."""
