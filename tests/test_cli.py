@@ -302,3 +302,9 @@ def test_a_range_names_the_flags_outside_it_and_no_others():
         cli.check_range(1, a=1, b=0, c=None, d=-2)
     with pytest.raises(ValueError, match="^--held_out 2.0: must be at least 0 and at most 1$"):
         cli.check_range(0, 1, held_out=2.0)
+
+
+def test_what_must_be_installed_is_what_pyproject_installs():
+    listed = re.search(r"^dependencies = \[(.*?)^\]", (Path(__file__).parent.parent / "pyproject.toml").read_text(), re.M | re.S)[1]
+    names = [re.match(r"[\w-]+", name)[0] for name in re.findall(r'"(.*?)"', listed)]
+    assert sorted(cli.REQUIRED) == sorted({"pyyaml": "yaml"}.get(name, name) for name in names)
