@@ -75,7 +75,7 @@ def generate(model: LanguageModel, prompts, **options):
       stop=(): strings that end a response; they are not part of its text
       n_samples=1: responses to each prompt
       use_chat_template: default for conversations, not for text; system_prompt=None
-      with_logprobs=False: of the chosen tokens, at the sampling temperature
+      with_logprobs=False: of the chosen tokens in what they were drawn from, temperature and filters applied
       statistics, on_step, request_ids: see generation.generate
     Returns a Response where one prompt is given and n_samples is 1, else a list in place of each of the two.
     """

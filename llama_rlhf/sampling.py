@@ -58,7 +58,8 @@ def choose(hidden: torch.Tensor, weight: torch.Tensor, vocab_ranges, sampling: S
 
     hidden: [B, dim]; weight: [this rank's vocabulary rows, dim], as it is or `held`; vocab_ranges: (start, stop) of every rank.
     keys: (request [B], sample [B], position [B]) int64.  banned: ([B] bool, ids): rows that must not choose these ids (minimum length).
-    Returns tokens [B] int64 (-1 on every rank where the logits are not finite), and their log-probabilities [B] fp32 (at the sampling temperature; at 1 when greedy) or None.
+    Returns tokens [B] int64 (-1 on every rank where the logits are not finite), and their log-probabilities [B] fp32 (in what they were drawn from,
+    temperature and filters applied; at 1 when greedy) or None.
     """
     logits = product(hidden, weight)
     start, stop = vocab_ranges[groups.tp_rank()]
