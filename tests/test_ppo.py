@@ -423,17 +423,48 @@ def test_the_loss_of_an_actor_step_is_that_of_its_algorithm(name, toy, world_of_
             found.append(float(sum(loss_sum(rows).detach() for rows in micro_batches)) / sum(map(count, micro_batches)))
             return StepResult(found[0], 1, 1.0, 0.0, False)
 
-    update_actor(Sum(), rollout, Advantages(advantages, advantages, None, advantages), ALGORITHMS[name], settings, 0)
-    per_response = []
+    told = update_actor(Sum(), rollout, Advantages(advantages, advantages, None, advantages), ALGORITHMS[name], settings, 0)
+    per_response, plain, estimates = [], [], []
     for logprobs, old, ref, a, entropy in kept:
         ratio = (logprobs - old).exp()
         loss = -a * ratio if name == "rloo" else torch.maximum(-a * ratio, -a * ratio.clamp(0.9, 1.3))
+        plain.append(loss)
         if name in ("grpo", "dr_grpo"):
-            loss = loss + 0.5 * ((ref - logprobs).exp() - (ref - logprobs) - 1)
+            estimates.append((ref - logprobs).exp() - (ref - logprobs) - 1)
+            loss = loss + 0.5 * estimates[-1]
         per_response.append(loss - 0.2 * entropy)
     expected = {"ppo": torch.cat(per_response).mean(), "reinforce++": torch.cat(per_response).mean(), "grpo": sum(x.mean() for x in per_response) / 4,
                 "dr_grpo": sum(x.sum() for x in per_response) / (4 * 9), "rloo": sum(x.sum() for x in per_response) / 4}[name]
     assert found == [pytest.approx(float(expected), abs=1e-4)]
+    logprobs, old, _, a, _ = (torch.cat(column) for column in zip(*kept))
+    ratio, outside = (logprobs - old).exp(), ((logprobs - old).exp() - 1.1).abs() > (0.2 if name != "rloo" else math.inf)
+    numbers = {"policy_loss": torch.cat(plain).mean(), "ratio_mean": ratio.mean(), "ratio_max": ratio.max(), "ratio_min": ratio.min(), "first_ratio_gap": (ratio - 1).abs().max(),
+               "approx_kl": (ratio - 1 - ratio.log()).mean(), "old_approx_kl": (old - logprobs).mean(), "outsidefrac": outside.float().mean(),
+               "clipfrac": (outside & ((ratio > 1.1) == (a > 0))).float().mean(), **({"kl_loss": torch.cat(estimates).mean()} if estimates else {})}
+    assert {key: told[key] for key in numbers} == {key: pytest.approx(float(value), abs=1e-4) for key, value in numbers.items()}
+    assert ("kl_loss" in told) == bool(estimates)
+
+
+def test_what_a_buffer_looks_like_by_hand(world_of_one):
+    from llama_rlhf.advantages import Advantages
+    from llama_rlhf.ppo import rollout_statistics
+    from llama_rlhf.rollout import Response, Rollout, RolloutSettings
+    lengths, scores, one = (2, 1, 3, 1), (1.0, 1.0, 0.0, 2.0), torch.ones(3)
+    responses = [Response(i // 2, i % 2, [7] * (2 + n), 2, i > 0, "", score > 0, {"rule": 0.25 * score, "model": 0.75 * score}, -2.0 * one[:n], -1.5 * one[:n] - i, 0.5 * one[:n] + i,
+                          -1.0 * one[:n], one[:n] * i) for i, (n, score) in enumerate(zip(lengths, scores))]
+    rollout = Rollout.of(responses, RolloutSettings(min_response_tokens=0, bad_score=-3.0))
+    kl = (rollout.logprobs - rollout.ref_logprobs).where(rollout.mask, 0.0)
+    spread = torch.arange(12.0).view(4, 3).where(rollout.mask, 0.0)
+    told = rollout_statistics(rollout, Advantages(spread, 2 * spread, 3 * spread, spread), kl)
+    of_token = lambda values: [value for value, n in zip(values, lengths) for _ in range(n)]  # noqa: E731
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    d, valid = [-0.5 - i for i in of_token(range(4))], [0, 1, 3, 6, 7, 8, 9]
+    expected = {"score": 0.0, "score_std": math.sqrt(mean([9, 1, 0, 4])), "score_min": -3.0, "score_max": 2.0, "reward": sum(valid) / 4, "entropy": mean([0.5 + i for i in of_token(range(4))]),
+                "advantage_mean": 2 * mean(valid), "advantage_std": 2 * math.sqrt(mean([(x - mean(valid)) ** 2 for x in valid])), "response_length": 7 / 4, "response_length_max": 3,
+                "response_length_min": 1, "finished_share": 3 / 4, "generator_gap_mean": mean([math.exp(abs(0.5 - i)) for i in of_token(range(4))]), "generator_gap_max": 2.5,
+                "kl_token": mean(d), "kl_sequence": sum(d) / 4, "kl_k3_token": mean([math.exp(-x) + x - 1 for x in d]), "kl_max": 3.5, "value_mean": mean(of_token(range(4))),
+                "return_mean": 3 * mean(valid), "accuracy": 3 / 4, "score_rule": 0.25, "score_model": 0.75, "equal_groups": 0.0, "truncated": 1, "too_short": 0, "not_finite": 0}
+    assert told == {key: pytest.approx(value, abs=1e-5) for key, value in expected.items()}
 
 
 def test_the_critic_sees_every_response_once(toy, world_of_one, monkeypatch):
