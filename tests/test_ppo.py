@@ -393,6 +393,41 @@ def test_a_buffer_in_which_every_response_was_cut_is_warned_about():
     assert "raise --max_new_tokens" in said
 
 
+class _Sum:
+    """In a trainer's place: the loss of each step; nothing is changed."""
+
+    def __init__(self, model):
+        self.model, self.found = model, []
+
+    def step(self, micro_batches, loss_sum, count):
+        from llama_rlhf.trainer import StepResult
+        self.found.append(float(sum(loss_sum(rows).detach() for rows in micro_batches)) / sum(map(count, micro_batches)))
+        return StepResult(self.found[-1], 1, 1.0, 0.0, False)
+
+
+def test_the_loss_of_a_critic_step_is_the_clipped_one_against_the_returns(toy, world_of_one):
+    from llama_rlhf.advantages import Advantages
+    from llama_rlhf.checkpoint.shards import load_model
+    from llama_rlhf.models.transformer import ValueModel
+    from llama_rlhf.ppo import UpdateSettings, update_critic
+    from llama_rlhf.rollout import Response, Rollout, RolloutSettings
+    from llama_rlhf.trainer import response_values
+    critic, generator, responses, columns = load_model(str(toy / "reward"), ValueModel), torch.Generator().manual_seed(0), [], []
+    for i, length in enumerate((5, 1, 3, 7)):
+        tokens = torch.randint(40, 250, (i + 2 + length,), generator=generator).tolist()
+        values = response_values(critic, [tokens], [i + 2]).detach()
+        old, returns = (values + torch.randn(length, generator=generator) * 0.3 for _ in range(2))
+        responses.append(Response(i, 0, tokens, i + 2, True, "", None, {}, old, values=old))
+        columns.append((values, old, returns))
+    rollout, (values, old, returns) = Rollout.of(responses, RolloutSettings()), (torch.cat(column) for column in zip(*columns))
+    padded, trainer = torch.zeros(rollout.mask.shape).masked_scatter(rollout.mask, returns), _Sum(critic)
+    told = update_critic(trainer, rollout, Advantages(padded, padded, padded, padded), UpdateSettings(epochs=2, minibatch_size=4, max_batch_size=3, value_clip=0.1), 0)
+    near, far = (values - returns) ** 2, (torch.minimum(torch.maximum(values, old - 0.1), old + 0.1) - returns) ** 2
+    loss = pytest.approx(float(torch.maximum(near, far).mean() / 2), abs=1e-5)
+    assert trainer.found == [loss, loss] and told["value_loss"] == loss and told["value_clipfrac"] == pytest.approx(float((far > near).float().mean()))
+    assert told["explained_variance"] == pytest.approx(float(1 - (returns - old).var() / returns.var()), abs=1e-5)
+
+
 @pytest.mark.parametrize("name", ["ppo", "grpo", "dr_grpo", "rloo", "reinforce++"])
 def test_the_loss_of_an_actor_step_is_that_of_its_algorithm(name, toy, world_of_one):
     """Written down per token and per response: clipping, the KL and the entropy in the loss, and what it is divided by. Layouts are compared with each other
@@ -401,7 +436,6 @@ def test_the_loss_of_an_actor_step_is_that_of_its_algorithm(name, toy, world_of_
     from llama_rlhf.checkpoint.shards import load_model
     from llama_rlhf.ppo import UpdateSettings, update_actor
     from llama_rlhf.rollout import Response, Rollout, RolloutSettings
-    from llama_rlhf.trainer import StepResult
     generator, lengths, responses, kept = torch.Generator().manual_seed(0), (5, 1, 3, 7), [], []
     actor, temperature = load_model(str(toy / "hf")), 0.7
     for i, length in enumerate(lengths):
@@ -414,16 +448,8 @@ def test_the_loss_of_an_actor_step_is_that_of_its_algorithm(name, toy, world_of_
     rollout = Rollout.of(responses, RolloutSettings(temperature=temperature))
     advantages = torch.zeros(rollout.mask.shape).masked_scatter(rollout.mask, torch.cat([a for *_, a, _ in kept]))
     settings = UpdateSettings(epochs=1, minibatch_size=4, max_batch_size=3, temperature=temperature, max_new_tokens=9, clip_low=0.1, clip_high=0.3, entropy_coef=0.2, kl_coef=0.5)
-    found = []
-
-    class Sum:
-        model = actor
-
-        def step(self, micro_batches, loss_sum, count):
-            found.append(float(sum(loss_sum(rows).detach() for rows in micro_batches)) / sum(map(count, micro_batches)))
-            return StepResult(found[0], 1, 1.0, 0.0, False)
-
-    told = update_actor(Sum(), rollout, Advantages(advantages, advantages, None, advantages), ALGORITHMS[name], settings, 0)
+    trainer = _Sum(actor)
+    told = update_actor(trainer, rollout, Advantages(advantages, advantages, None, advantages), ALGORITHMS[name], settings, 0)
     per_response, plain, estimates = [], [], []
     for logprobs, old, ref, a, entropy in kept:
         ratio = (logprobs - old).exp()
@@ -435,7 +461,7 @@ def test_the_loss_of_an_actor_step_is_that_of_its_algorithm(name, toy, world_of_
         per_response.append(loss - 0.2 * entropy)
     expected = {"ppo": torch.cat(per_response).mean(), "reinforce++": torch.cat(per_response).mean(), "grpo": sum(x.mean() for x in per_response) / 4,
                 "dr_grpo": sum(x.sum() for x in per_response) / (4 * 9), "rloo": sum(x.sum() for x in per_response) / 4}[name]
-    assert found == [pytest.approx(float(expected), abs=1e-4)]
+    assert trainer.found == [pytest.approx(float(expected), abs=1e-4)]
     logprobs, old, _, a, _ = (torch.cat(column) for column in zip(*kept))
     ratio, outside = (logprobs - old).exp(), ((logprobs - old).exp() - 1.1).abs() > (0.2 if name != "rloo" else math.inf)
     numbers = {"policy_loss": torch.cat(plain).mean(), "ratio_mean": ratio.mean(), "ratio_max": ratio.max(), "ratio_min": ratio.min(), "first_ratio_gap": (ratio - 1).abs().max(),
