@@ -199,7 +199,7 @@ def reference_loss(model: CausalLM, tokenizer, problems, prompts: list[list[int]
     exp(total loss / total tokens) over all problems and replicas; solutions are cut at max_seq_len, problems without one left out. {} where none has one.
     """
     mine = [i for i in range(groups.dp_rank(), len(problems), groups.dp_size()) if problems[i].solution]
-    rows = [(prompts[i] + tokenizer.encode(problems[i].solution, eos=True))[:max_seq_len] for i in mine]
+    rows = [encode_response(tokenizer, prompts[i], problems[i].solution, True, max_seq_len)[0] for i in mine]
     loss, n_tokens = 0.0, 0
     for places in pack(range(len(rows)), [len(row) for row in rows], max_tokens=max_tokens):
         logprobs = response_logprobs(model, [rows[n] for n in places], [len(prompts[mine[n]]) for n in places])
