@@ -318,6 +318,10 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
     ({"model_type": "qwen2", **BASE, "num_hidden_layers": 30, "use_sliding_window": True}, {"sliding_window": 4096, "window_first_layer": 28}),
     ({"model_type": "qwen3", **BASE}, {"head_dim": 128, "qk_norm": True}),
     (MOE, {"ffn_dim": 24, "normalise_routing": False, "fp32_routing": False, "head_dim": 16, "qk_norm": True}),
+    ({**MOE, "use_sliding_window": True, "sliding_window": 8}, {"sliding_window": 8, "window_first_layer": 0}),
+    ({"model_type": "mistral", **BASE, "sliding_window": 8, "layer_types": ["sliding_attention"] * 4}, {"sliding_window": 8}),
+    ({"model_type": "llama", **BASE, "rope_parameters": {"rope_theta": 5e5, **LINEAR}, "rope_scaling": {"type": "linear", "factor": 2.0}, "partial_rotary_factor": 1.0},
+     {"rope_theta": 5e5, "rope_scaling": LINEAR}),
     ({**MOE, "norm_topk_prob": True, "head_dim": 128}, {"normalise_routing": True, "head_dim": 128}),
     ({"model_type": "qwen", **BASE, "kv_channels": 16, "seq_length": 8192, "max_position_embeddings": 32768, "use_dynamic_ntk": False,
       "use_logn_attn": False}, {"ffn_dim": 48, "ntk_beyond": None, "logn_beyond": None, "max_seq_len": 8192}),
@@ -339,12 +343,39 @@ def test_config_spellings(c, expected):
     ({"model_type": "llama", **BASE, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
     ({"model_type": "llama", **BASE, "rope_scaling": {"rope_type": ["linear"], "factor": 4.0}}, r"\['linear'\] is not supported"),
     ({"model_type": "qwen2", **BASE, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2,
-      "layer_types": ["sliding_attention"] * 4}, "disagree"),
+      "layer_types": ["sliding_attention"] * 4}, "layer_types asks for other layers .* use_sliding_window and max_window_layers"),
+    ({"model_type": "mistral", **BASE, "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"] * 2}, "layer_types asks for other layers"),
+    ({"model_type": "qwen2", **BASE, "layer_types": ["sliding_attention"] * 4}, "layer_types asks for other layers"),
+    ({**MOE, "use_sliding_window": True, "max_window_layers": 2}, "max_window_layers=2 is not supported for qwen3_moe"),
+    *(({"model_type": "llama", **BASE, **more}, "partial_rotary_factor=0.5 is not supported") for more in
+      ({"partial_rotary_factor": 0.5}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}})),
+    ({"model_type": "qwen3", **BASE, "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 77.0}}}, "by layer \\(full_attention\\)"),
+    ({"model_type": "llama", **BASE, "original_max_position_embeddings": 16, "rope_scaling": {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+      "original_max_position_embeddings": 64}}, "original_max_position_embeddings is 16, and 64"),
+    # the scaling that a model card tells one to add, in a file that transformers 5 has saved
+    ({"model_type": "qwen3", **BASE, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": LINEAR}, "rope_parameters and rope_scaling disagree"),
 ])
 def test_configs_that_cannot_be_honoured_are_refused(c, complaint):
     from llama_rlhf.models import config_from_hf
     with pytest.raises(ValueError, match=complaint):
         config_from_hf(c)
+
+
+def test_params_and_gguf_headers_that_cannot_be_honoured_are_refused():
+    from llama_rlhf.models import config_from_gguf, config_from_params
+    params = {"dim": 64, "n_layers": 2, "head_dim": 16, "hidden_dim": 96, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5, "vocab_size": 50}
+    assert config_from_params(params, 50).family == "mistral"
+    for key, value in (("yarn", {"factor": 16}), ("_sliding_window", [None, 8]), ("use_biases", True)):
+        with pytest.raises(ValueError, match=f"params.json: {key} is not supported for the mistral family"):
+            config_from_params({**params, key: value}, 50)
+    header = {"embedding_length": 64, "block_count": 1, "attention.head_count": 4, "feed_forward_length": 96, "attention.layer_norm_rms_epsilon": 1e-5, "context_length": 99}
+    for turned in (16, 8):
+        given = {"general.architecture": "llama", **{f"llama.{key}": value for key, value in {**header, "rope.dimension_count": turned}.items()}}
+        if turned == 16:
+            assert config_from_gguf(given, 50, True).head_dim == 16
+        else:
+            with pytest.raises(ValueError, match="turns 8 of a head's 16 numbers"):
+                config_from_gguf(given, 50, True)
 
 
 def test_every_presets_config_json_reads_back_as_itself():

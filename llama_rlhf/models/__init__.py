@@ -158,9 +158,12 @@ def config_from_gguf(metadata: dict, vocab_size: int, has_output: bool) -> Model
         raise ValueError(f"GGUF rope scaling {kind!r} is not supported")
     scaling = {"rope_type": "linear", "factor": factor} if kind != "none" and factor != 1.0 else None
     heads, dim = int(get("attention.head_count")), int(get("embedding_length"))
+    head_dim = int(get("attention.key_length", dim // heads))
+    if (turned := int(get("rope.dimension_count", head_dim))) != head_dim:
+        raise ValueError(f"this GGUF file turns {turned} of a head's {head_dim} numbers (rope.dimension_count); only whole heads are supported")
     return family.read_hf({
         "hidden_size": dim, "num_hidden_layers": int(get("block_count")), "num_attention_heads": heads,
-        "num_key_value_heads": int(get("attention.head_count_kv", heads)), "head_dim": int(get("attention.key_length", dim // heads)),
+        "num_key_value_heads": int(get("attention.head_count_kv", heads)), "head_dim": head_dim,
         "intermediate_size": int(get("feed_forward_length")), "vocab_size": vocab_size,
         "rms_norm_eps": round(float(get("attention.layer_norm_rms_epsilon")), 12), "rope_theta": float(get("rope.freq_base", 10000.0)), "rope_scaling": scaling,
         "max_position_embeddings": int(get("context_length")), "tie_word_embeddings": not has_output})

@@ -119,10 +119,22 @@ STACKED_EXPERTS = {
 
 def hf_rope(c: dict) -> tuple[float, dict | None]:
     """rope theta and scaling from config.json, in both spellings: rope_theta + rope_scaling, or transformers 5's rope_parameters."""
+    if c.get("rope_parameters") and c.get("rope_scaling"):
+        # a scaling written by hand into what transformers 5 has saved: it drops rope_parameters then, their rope_theta too
+        new, old = (hf_rope({"rope_theta": c.get("rope_theta"), key: c[key]}) for key in ("rope_parameters", "rope_scaling"))
+        if new[1] != old[1]:
+            raise ValueError("config.json: rope_parameters and rope_scaling disagree. Write the scaling into rope_parameters, beside rope_theta, and remove rope_scaling.")
     parameters = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
+    if nested := sorted(key for key, value in parameters.items() if isinstance(value, dict)):
+        raise ValueError(f"config.json: rotary positions that differ by layer ({', '.join(nested)}) are not supported")
+    if (part := parameters.pop("partial_rotary_factor", None) or c.get("partial_rotary_factor") or 1) != 1:
+        raise ValueError(f"config.json: partial_rotary_factor={part} is not supported: whole heads are turned")
     theta = float(parameters.pop("rope_theta", None) or c.get("rope_theta") or 10000.0)
     kind = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     parameters.pop("type", None)
+    original, inside = c.get("original_max_position_embeddings"), parameters.get("original_max_position_embeddings")
+    if kind == "llama3" and None not in (original, inside) and original != inside:
+        raise ValueError(f"config.json: original_max_position_embeddings is {original}, and {inside} among the rotary parameters. Remove the wrong one.")
     return theta, None if kind == "default" else {"rope_type": kind, **parameters}
 
 
@@ -141,7 +153,12 @@ def hf_llama_shape(family: str, c: dict, **switches) -> ModelConfig:
         ffn_dim=c["intermediate_size"], vocab_size=c["vocab_size"], norm_eps=c.get("rms_norm_eps", 1e-6),
         max_seq_len=c.get("max_position_embeddings") or c.get("max_sequence_length") or 2048,
         rope_theta=theta, rope_scaling=scaling, tie_embeddings=bool(c.get("tie_word_embeddings", False)))
-    return ModelConfig(**{**values, **switches})
+    config = ModelConfig(**{**values, **switches})
+    windows = ["full_attention" if config.sliding_window is None or i < config.window_first_layer else "sliding_attention" for i in range(config.n_layers)]
+    if c.get("layer_types") not in (None, windows):
+        raise ValueError(f"config.json: layer_types asks for other layers with a sliding window than {family} models have by sliding_window"
+                         + (", use_sliding_window and max_window_layers" if "qwen" in family else ""))
+    return config
 
 
 def write_hf_llama_shape(config: ModelConfig, architecture: str, model_type: str, **more) -> dict:

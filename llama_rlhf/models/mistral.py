@@ -25,6 +25,8 @@ def write_hf(config: ModelConfig) -> dict:
 
 def read_params(p: dict, vocab_size: int) -> ModelConfig:
     """Mistral's params.json, Mixtral's when it has "moe". Without rope_theta: 1e4 when there is a window (v0.1), else 1e6."""
+    if unknown := sorted(key for key in ("_sliding_window", "yarn", "llama_4_scaling", "use_biases", "q_lora_rank", "vision_encoder") if p.get(key)):
+        raise ValueError(f"params.json: {', '.join(unknown)} is not supported for the mistral family")
     window = p.get("sliding_window")
     theta = float(p.get("rope_theta") or (1e4 if window else 1e6))
     config = read_llama_params({**p, "rope_theta": theta}, vocab_size)

@@ -23,11 +23,8 @@ def _window(c: dict) -> dict:
     window = c.get("sliding_window", 4096) if c.get("use_sliding_window") else None
     if window is None:
         return {}
-    n_layers, first = c["num_hidden_layers"], c.get("max_window_layers", 28)
-    wanted = ["sliding_attention" if i >= first else "full_attention" for i in range(n_layers)]
-    if c.get("layer_types") not in (None, wanted):
-        raise ValueError("config.json: layer_types and max_window_layers disagree about which layers have a sliding window")
-    return dict(sliding_window=window, window_first_layer=first) if first < n_layers else {}
+    first = c.get("max_window_layers", 28)
+    return dict(sliding_window=window, window_first_layer=first) if first < c["num_hidden_layers"] else {}
 
 
 def _write_window(config: ModelConfig) -> dict:
@@ -50,9 +47,12 @@ def read_qwen3_moe(c: dict) -> ModelConfig:
     if c.get("mlp_only_layers") or c.get("decoder_sparse_step", 1) != 1:
         raise ValueError("config.json: mlp_only_layers or decoder_sparse_step make some layers dense; only models with experts in "
                          "every layer are supported")
+    if c.get("use_sliding_window") and c.get("max_window_layers"):
+        raise ValueError(f"config.json: use_sliding_window with max_window_layers={c['max_window_layers']} is not supported for qwen3_moe: some versions of transformers "
+                         "give every layer the window, others those behind the first of them")
     if missing := [key for key in ("moe_intermediate_size", "num_experts_per_tok") if key not in c]:
         raise ValueError(f"config.json lacks {missing}")
-    return replace(read_qwen3({"head_dim": c["hidden_size"] // c["num_attention_heads"], **c}), family="qwen3_moe",
+    return replace(read_qwen3({"head_dim": c["hidden_size"] // c["num_attention_heads"], "max_window_layers": 0, **c}), family="qwen3_moe",
                    ffn_dim=c["moe_intermediate_size"], n_experts=c.get("num_experts") or c["num_local_experts"],
                    n_active_experts=c["num_experts_per_tok"], normalise_routing=bool(c.get("norm_topk_prob", False)))
 
