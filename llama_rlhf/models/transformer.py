@@ -486,7 +486,7 @@ class Transformer(nn.Module):
             if cache.stretch is None:
                 cache.stretch = torch.ones(cache.n_slots, device=device)
             cache.stretch[cache.slots] = stretch
-        return stretched_frequencies(frequencies, stretch.repeat_interleave(torch.tensor(rows.lengths, device=device)))
+        return stretched_frequencies(frequencies, stretch.repeat_interleave(torch.tensor(rows.lengths, device=device), output_size=sum(rows.lengths)))
 
     def new_cache(self, n_slots: int, max_len: int) -> KVCache:
         """An empty key/value cache for n_slots rows of up to max_len tokens, in the model's dtype."""
