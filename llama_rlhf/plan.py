@@ -7,9 +7,11 @@ with the longest rows that the flags allow.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -120,11 +122,26 @@ def _layout(flags: dict, config: ModelConfig | None):
     if f.device == "cuda" and torch.version.cuda is None:
         raise ValueError("--device cuda: this torch is built without CUDA and cannot plan for it. Leave --device out: activations are then a CPU's.")
     device = "cuda" if f.device == "cuda" or f.device == "auto" and torch.cuda.is_available() else "cpu"
-    # ranges differ by one unit at most, and the last rank's are never the shorter ones
-    with groups.pretend(tp, tp - 1 if f.plan else groups.tp_rank(), ranks // tp, device):
+    with groups.pretend(tp, getattr(f, "of_rank", tp - 1) if f.plan else groups.tp_rank(), ranks // tp, device):
         dtype, lora = groups.default_dtype(f.dtype), lora_of(f.lora_rank, f.lora_alpha) if hasattr(f, "lora_rank") else None
         yield f, config, dict(dtype=dtype, lora=lora), (f"{config.n_parameters / 1e9:.3f} billion weights, {tp} tensor-parallel x {ranks // tp} "
                                                         f"data-parallel ranks, {str(dtype).removeprefix('torch.')}, {device}")
+
+
+def _of_largest_rank(plan: Callable[..., Plan]) -> Callable[..., Plan]:
+    """With --plan, the plan of the rank that needs most. Ranks differ by a head, by the keys and values that its heads read, and by a row of other weights."""
+    @functools.wraps(plan)
+    def planned(flags: dict, **given) -> Plan:
+        if not flags["plan"]:
+            return plan(flags, **given)
+        ranks = {}
+        with _layout(flags, None) as (_, config, options, _):
+            for rank in range(tp := groups.tp_size()):
+                with groups.pretend(tp, rank):
+                    attention = CausalLM(replace(config, n_layers=1), dtype=options["dtype"]).blocks[0].attention
+                ranks[attention.n_heads, attention.n_kv_heads, attention.n_cache_heads] = rank     # the last: its ranges are never the shorter ones
+        return max((plan({**flags, "of_rank": rank}, **given) for rank in ranks.values()), key=lambda plan: plan.total)
+    return planned
 
 
 def _full(f, length: int, max_tokens: int) -> list[tuple[int, int]]:
@@ -151,6 +168,7 @@ def _ways(f, options: dict) -> dict:
     return dict(adapts=options["lora"] is not None, recomputes=f.activation_checkpointing != "none")
 
 
+@_of_largest_rank
 def plan_training(flags: dict, *, config: ModelConfig | None = None, rows: list[tuple[int, int]] | None = None, prompts: Sequence[int] = (),
                   scored: Sequence[tuple[int, int]] = ()) -> Plan:
     """Of solver_train and verifier_train. rows: (length, prompt length) in the largest micro-batch; prompts: lengths in the evaluation;
@@ -170,6 +188,7 @@ def plan_training(flags: dict, *, config: ModelConfig | None = None, rows: list[
         return Plan(f"{title}, {_shown(rows)}", {"verifier" if verifier else "solver": uses}, **_ways(f, options))
 
 
+@_of_largest_rank
 def plan_evaluation(flags: dict, *, config: ModelConfig | None = None, prompts: Sequence[int] = ()) -> Plan:
     """Of solver_evaluate: the solver, then a verifier of the same size. prompts: their lengths."""
     with _layout(flags, config) as (f, config, options, title):
@@ -185,6 +204,7 @@ def plan_evaluation(flags: dict, *, config: ModelConfig | None = None, prompts: 
         return Plan(f"{title}, {slots} rows of up to {whole} tokens decoded together", roles, in_turn=True)
 
 
+@_of_largest_rank
 def plan_ppo(flags: dict, *, models: dict[str, Transformer] | None = None, prompts: Sequence[int] = ()) -> Plan:
     """Of ppo_train, with the longest responses. models: role -> the loaded one; without, those that the flags ask for, alike in size."""
     with _layout(flags, models["actor"].config if models else None) as (f, config, options, title):

@@ -63,7 +63,7 @@ def test_every_family_is_planned():
     from llama_rlhf import footprint
     from llama_rlhf.models import PRESETS
     from llama_rlhf.parallel import groups
-    of_family = {config.family: replace(config, n_layers=2) for config in reversed(PRESETS.values())}
+    of_family = {config.family: replace(config, n_layers=2, n_experts=min(8, config.n_experts)) for config in reversed(PRESETS.values())}
     assert len(of_family) == 8 and of_family["qwen"].ntk_beyond
     for name, config in of_family.items():
         with groups.pretend(2, 1):
@@ -120,6 +120,22 @@ def test_optimizer_state_shared_among_many_replicas_is_that_of_the_largest_share
         planned = float(next(line for line in out.splitlines() if line.startswith("solver")).split()[3])
         share = each * preset("llama-2-7b").n_parameters / replicas / 1e9
         assert share - 0.001 <= planned <= share + each * 32000 * 4096 / 1e9
+
+
+def test_the_rank_that_needs_most_is_planned_where_heads_do_not_divide():
+    """9 heads on 4 ranks read keys and values of 1, 2, 1 and 1 heads: the last has the most weights, the second twice the cache."""
+    from llama_rlhf.models import preset
+    from llama_rlhf.models.transformer import CausalLM
+    from llama_rlhf.parallel import groups
+    cache = []
+    for rank in range(4):
+        with groups.pretend(4, rank):
+            cache.append(CausalLM(preset("smollm2-135m"), dtype=torch.bfloat16).cache_bytes(64, 512))
+    assert cache[1] == max(cache) == 2 * cache[3]
+    (code, out, err), = run_script(1, "solver_evaluate.py", model_type="smollm2-135m", plan=True, plan_ranks=4, dtype="bf16", max_new_tokens=256, max_batch_size=64)
+    assert code == 0, err
+    planned = float(next(line for line in out.splitlines() if line.startswith("solver")).split()[-1])
+    assert "64 rows of up to 512 tokens" in out and planned == pytest.approx(max(cache) / 1e9, abs=1e-3)
 
 
 def test_roles_share_a_base_only_with_adapters():
