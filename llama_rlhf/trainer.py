@@ -188,8 +188,8 @@ class Trainer:
     def _update(self, lr: float, factor: float) -> None:
         """One AdamW step on the gradients times factor."""
         gradients = {p: self.gradient_of(p) for _, p, _ in self.own}
-        if factor != 1.0:
-            torch._foreach_mul_([grad for grad in gradients.values() if grad is not None], factor)
+        if factor != 1.0 and (own := [grad for grad in gradients.values() if grad is not None]):      # a replica may own nothing
+            torch._foreach_mul_(own, factor)
         for p in gradients:
             p.grad = None       # of an fp32 parameter, which is its own master: it must be stepped with its bucket only
         for group in self.optimizer.param_groups:

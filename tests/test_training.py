@@ -292,6 +292,23 @@ def sharded_sizes(folder, zero):
     return state, trainer.state_bytes
 
 
+def one_weight(zero):
+    from llama_rlhf.parallel import groups
+    from llama_rlhf.trainer import Trainer
+    groups.initialize(1, device="cpu")
+    line = Line(torch.float32)
+    trainer = Trainer(line, lr=1e-2, total_steps=2, max_grad_norm=0.1, zero=zero)
+    trainer.step([0], lambda _: (line.w * line.w).sum(), lambda _: 1)
+    groups.shutdown()
+    return line.w.tolist()
+
+
+def test_a_replica_that_owns_no_parameter_takes_part_in_a_clipped_step():
+    """More replicas than trained parameters: torch's product of no tensors is an error."""
+    whole, shared = run_ranks(2, one_weight, 0), run_ranks(2, one_weight, 1)
+    assert whole == shared and whole[0] == whole[1]
+
+
 def test_shared_optimizer_state_is_a_share(tmp_path):
     make_hf(tmp_path, "llama-9-3")
     (whole, stated), _ = run_ranks(2, sharded_sizes, str(tmp_path), 0)
