@@ -169,6 +169,41 @@ def test_d_is_exact_beyond_float_precision():
         ("\\boxed{3\\cdot 4 = 12}", "12"),
         ("\\boxed{12 = x}", "12"),
         ("The answer is 3 (2 + 2 = 4)", "3"),
+        # so too elsewhere, where the equation comes first
+        ("The answer is 20 - 2 = 18 dollars. 4 steps", "18"),
+        ("#### $3 + $15 = $18", "18"),
+        ("#### (3 + 15) \\times 2 = 36 = 6^2", "36"),
+        ("The answer is 2^3 = 10 - 2 = 8.", "8"),
+        ("Answer: 3 - 5 = -2", "-2"),
+        ("Answer: 12 = 3x", "12"),
+        # what is denied
+        ("First 20. The answer is not 20 but 18.", "18"),
+        ("The answer is 18. The answer isn't 20, which took 3 steps", "18"),
+        # a point after a letter or a point begins no decimals
+        ("The answer is Rs.18", "18"),
+        ("The answer is ...18.", "18"),
+        # groups of thousands, and signs, with blanks that are not ambiguous
+        ("The answer is 12\u00a0000 or 12\u202f001", "12000"),
+        ("\\boxed{- 1 234 567}", "-1234567"),
+        ("#### 3 500 ml bottles", "3"),
+        # more headings
+        ("#### 1st step\n3\n#### 2nd step\n\\boxed{7}", "7"),
+        ("#### 1 - Find it\n#### 2 \u2013 **Add**\n#### 3\\. $x$ is:\n#### 4.Then\nAnswer: 7", "7"),
+        ("#### 5th", "5"),
+        # part of another value, or of several: 3 would be counted as right
+        ("\\boxed{3\\sqrt{2}}", "3\\sqrt"),
+        ("\\boxed{\\sqrt[3]{5}}", "\\sqrt[3"),
+        ("The answer is $3\\pi$.", "$3\\pi"),
+        ("#### 3^2", "3^"),
+        ("\\boxed{x^{3}}", "^{3"),
+        ("\\boxed{3 \\times 10^4}", "3 \\times"),
+        ("\\boxed{3, -1}", "3, -1"),
+        ("\\boxed{3\\text{ or }4}", "3\\text{ or"),
+        ("\\boxed{3:4}", "3:4"),
+        ("\\boxed{3^\\circ}", "3"),
+        ("\\boxed{3^{\\text{rd}}}", "3"),
+        ("\\boxed{3\\,\\text{m}^2}", "3"),
+        ("\\boxed{3, \\text{ as said}}", "3"),
     ],
 )
 def test_d_reads_the_answer_a_reader_would(text, answer):
@@ -236,6 +271,12 @@ ADVERSARIAL = {
     "numbered headings": "#### 1. x " * (N // 10),
     "a heading of stars": "#### 1." + "*" * (N // 2) + " " * (N // 2),
     "answer and stars": "answer" + "*" * N,
+    "a long sum": "#### 1" + "+1" * (N // 2),
+    "many equations": "answer is " + "1+1=" * (N // 4),
+    "a sum of brackets": "#### 1+" + "(" * (N // 2) + " " * (N // 2),
+    "a sum and blanks": "#### 1+1" + " " * N,
+    "roots": "\\boxed{" + "\\sqrt" * (N // 5) + "3}",
+    "a list": "\\boxed{1," + "\\," * (N // 2) + "}",
     "thoughts": "<think>1</think>" * (N // 16),
 }
 
@@ -275,7 +316,7 @@ def test_number_cut_at_the_end_of_an_unfinished_text_earns_no_reward():
     assert gsm8k.score(PROBLEM, "#### 24", finished=False, reward=True)["score"] == 0.0  # could have become 240
     assert gsm8k.score(PROBLEM, "#### 24\nAnd", finished=False, reward=True)["score"] == 1.0
     assert gsm8k.score(PROBLEM, "The answer is 24 in", finished=False, reward=True)["score"] == 1.0
-    for whole in ("24/5", "24 / 5", "24\\,000", "24{,}000", "24\\frac{1}{2", "\\frac{24}{5", "\\dfrac{24} {5"):
+    for whole in ("24/5", "24 / 5", "24\u202f000", "24\\,000", "24{,}000", "24\\frac{1}{2", "\\frac{24}{5", "\\dfrac{24} {5"):
         for end in range(len(whole) + 1):
             if whole[:end] != "24 ":  # the blank ends it
                 assert gsm8k.extract_tolerant(f"The answer is {whole[:end]}", truncated=True) is None, whole[:end]

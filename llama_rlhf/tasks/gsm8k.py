@@ -58,20 +58,27 @@ def _harness_clean(answer):
 # Rule D
 
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")
-_ANSWER_WORDS = re.compile(r"answer(?:\s*(?:is|:)|\W{0,3}:)", re.IGNORECASE)  # "**Answer**:" too
+_ANSWER_WORDS = re.compile(r"answer(?:\s*(?:is(?!n['\u2019]t|\s+not\b)|:)|\W{0,3}:)", re.IGNORECASE)  # "**Answer**:" too, "is not" not
 _DIGITS = r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+"
 _NUMBER = re.compile(
     r"(?:(?<![\w)\]}%°])(?P<sign>[-+]))?"  # after a digit, letter, unit or closing bracket ("5-3", "50%-60%") it is no sign
     rf"\$?(?:(?P<whole>{_DIGITS})(?:\.(?P<decimals>[0-9]+))?"
-    r"|\.(?P<only_decimals>[0-9]+))"
+    r"|(?<![\w.])\.(?P<only_decimals>[0-9]+))"  # not "Rs.18", "so ...18"
 )
 _VALUE = re.compile(  # a number, a fraction (3/4) or both (2 3/4)
     rf"{_NUMBER.pattern}(?:(?: (?P<above>[0-9]+))? ?/ ?(?P<below>-?\$?(?:(?:{_DIGITS})(?:\.[0-9]+)?|\.[0-9]+)))?"
 )
-_HEADING = re.compile(r"[.):][*_]*\s+[*_]*[^\W\d_]")  # what follows the number in "#### 1. Find the total"
-_LATEX_GROUP = re.compile(r"(?<=[0-9])(,?)\\[,!; ](?=[0-9]{3}(?![0-9]))")
+# what follows the number in "#### 1. Find the total", "#### 2 - Add", "#### 1st step"
+_HEADING = re.compile(r"(?:\\?[.):]|\s-\s)[*_\s\"'$\\(]*[^\W\d_]|(?:st|nd|rd|th)\b")
+_SUM = re.compile(r"[-+]?\$?(?:[0-9.,]+%?\)?\s*(?:[-+*/^x\u00d7\u00f7]|\\times|\\cdot|\\div)\s*\(*\$?)+[0-9.,]+%?\)?\s*=")  # `3 + 15 =`
+# what stands before and behind a number that is only a part of a value: 3\sqrt{2}, 10^6, 3\pi; and, in a box, of several: 1, -2
+_INSIDE = re.compile(r"(?:\\sqrt\W*|\^\W*)\Z")
+_PART = re.compile(r"\s*(?:\^(?!\{?\s*(?:\\circ|\\text|\\mathrm|[a-z]))|\\(?:sqrt|pi|times|cdot)(?![a-z])|[\u03c0\u221a])")
+_LIST = re.compile(r"\s*(?:[,;:]\s*(?:\\[,;!: ]\s*)*[-+$\\]*[0-9]|\\text\s*\{\s*(?:or|and)\b)")
+_BLANKS = re.compile(r"(?<=[0-9]) +(?=[0-9]{3}(?![0-9/]))|(?<=-)\s+(?=[0-9.$])")  # which LaTeX does not print: 12 000, - 5
+_LATEX_GROUP = re.compile(r"(?<=[0-9])(,?)(?:\\[,!; ]|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac ?(?:\{ ?([-+]?\$?[0-9.,]+) ?\}|([0-9])) ?(?:\{ ?([-+]?\$?[0-9.,]+) ?\}|([0-9]))")
-_NUMBER_PARTS = "0123456789.,$+-"
+_NUMBER_PARTS = "0123456789.,$+-\u00a0\u2009\u202f"
 _GOES_ON = re.compile(r"(?:/ ?|\{|\\[dt]?frac ?(?:\{[^{}]*\}? ?\{?)?|\\(?:[!; ]|[a-z]*))\Z")
 
 
@@ -86,8 +93,9 @@ def extract_tolerant(text, *, truncated=False, tagged=False):
     Everything up to the last "</think>" is dropped, and then everything from the first "Question:" on: few-shot models go
     on to invent the next problem. Then the first of these places that holds a number decides: the first `####` line that
     begins with one (`#### Step 1` and `#### 1. Add` are headings); the last `\\boxed{}`, and in it what follows the last "=";
-    what follows the last "answer is" or "answer:"; the first `####` line with a number in it; the whole text. From the
-    last place the last number is taken, from the others the first, and there `3/4`, `2 3/4` and `\\frac{3}{4}` are one value.
+    what follows the last "answer is" or "answer:" ("is not" is none); the first `####` line with a number in it; the whole text.
+    From the last place the last number is taken, from the others the first: `3/4`, `2 3/4` and `\\frac{3}{4}` are one value
+    there, `3 + 15 = 18` is 18, and what is a part of something else, as in `3\\sqrt{2}`, `10^6` or a box of several, is no number.
 
     truncated: set it when a length limit cut the text off and the result becomes a *reward*. Then the whole text
     does not count (its last number is an intermediate result, and rewarding that teaches the policy to ramble),
@@ -100,10 +108,11 @@ def extract_tolerant(text, *, truncated=False, tagged=False):
         text = _without_open_number(text)
 
     leading, any_in_hash_line = _hash_numbers(text)
-    box = last_boxed(text)
-    number = (
-        leading or _VALUE.search(box.rpartition("=")[2]) or _VALUE.search(box) or _VALUE.search(after_answer_words(text)) or any_in_hash_line
-    )
+    box = _BLANKS.sub("", last_boxed(text))
+    in_box = _VALUE.search(box.rpartition("=")[2]) or _VALUE.search(box)
+    number = leading or in_box or _stated(after_answer_words(text)) or any_in_hash_line
+    if number and (part := _part(number, several=number is in_box)):
+        return part
     if number or truncated:
         return _value(number) if number else None
     for number in (_VALUE if tagged else _NUMBER).finditer(text):
@@ -129,14 +138,30 @@ def _without_open_number(text):
 
 def _hash_numbers(text):
     """The first number that begins a line after `####`, and the first that such a line holds at all; None without."""
-    lines = (part.partition("\n")[0] for part in text.split("####")[1:])
-    numbers = [number for line in lines if (number := _VALUE.search(line))]
-    return next(filter(_begins_line, numbers), None), next(iter(numbers), None)
+    lines = [line for part in text.split("####")[1:] if (line := part.partition("\n")[0])]
+    leading = (number for line in lines if (number := _stated(line)) and _begins_line(_VALUE.search(line)))
+    return next(leading, None), next(filter(None, map(_stated, lines)), None)
 
 
 def _begins_line(number):
     line = number.string
     return not re.search(r"[^\W_]", line[: number.start()]) and not _HEADING.match(line, number.end())
+
+
+def _stated(text):
+    """The first number of a text; where it begins an equation such as `3 + 15 = 18`, the first behind that."""
+    number = _VALUE.search(text)
+    while number and (left := _SUM.match(text, number.start())):
+        number = _VALUE.search(text, left.end())
+    return number
+
+
+def _part(number, several):
+    """How a number goes on that is only a part of a value, or, if `several`, of several: the spelling of no number. None where it stands alone."""
+    text = number.string
+    before = _INSIDE.search(text, max(0, number.start() - 20), number.start())
+    behind = _PART.match(text, number.end()) or (_LIST.match(text, number.end()) if several else None)
+    return f"{before[0] if before else ''}{number[0]}{behind[0] if behind else ''}" if before or behind else None
 
 
 def last_boxed(text):
