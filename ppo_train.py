@@ -245,6 +245,7 @@ def main(
         for name, lr in (("actor_lr", actor_lr), ("critic_lr", critic_lr)):
             if lr != -1 and lr <= 0:
                 raise ValueError(f"--{name} {lr} must be positive, or -1 for the default")
+        cli.check_range(-1 << 31, (1 << 31) - 1, seed=seed)        # shifted, to be keys of 64 bits
         check_options(optimizer_precision, zero, {groups.default_dtype(dtype)}, activation_checkpointing, compile)
         if not (rule_weight or reward_function or reward_model_ckpt_dir and reward_model_weight):
             raise ValueError("no reward: give --reward_model_ckpt_dir, --reward_function or a --rule_weight")

@@ -150,6 +150,7 @@ def main(
             raise ValueError(f"--max_steps {max_steps}: use -1 for no limit, or at least 1")
         if lr != -1 and lr <= 0:
             raise ValueError(f"--lr {lr} must be positive, or -1 for the default")
+        cli.check_range(-1 << 31, (1 << 31) - 1, seed=seed)        # shifted, to be keys of 64 bits
         check_options(optimizer_precision, zero, {groups.default_dtype(dtype)}, activation_checkpointing, compile)
         check_tracker(tracker)
         companions = companions_folder(tokenizer_file) or ckpt_dir

@@ -158,6 +158,7 @@ def main(
         cli.check_range(0, 1, warmup_ratio=warmup_ratio)
         cli.check_range(0, 0.99, held_out=held_out)
         cli.check_range(0, margin=margin, centre=centre, lm_loss_weight=lm_loss_weight, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+        cli.check_range(-1 << 31, (1 << 31) - 1, seed=seed)        # shifted, to be keys of 64 bits
         check_options(optimizer_precision, zero, {groups.default_dtype(dtype)}, activation_checkpointing, compile)
         check_tracker(tracker)
         companions = companions_folder(tokenizer_file) or ckpt_dir

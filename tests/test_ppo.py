@@ -329,7 +329,7 @@ def test_a_policy_that_only_ends_is_scored_too_short(toy, tmp_path):
     ({"rule_weight": 0.0}, "no reward"), ({"reward_model_ckpt_dir": "HF"}, "has no value head"), ({"rule": "Z"}, "--rule"),
     ({"minibatch_size": 99}, "--minibatch_size 99"), ({"actor_lr": 0.0}, "--actor_lr 0.0 must be positive"), ({"max_iterations": 0}, "--max_iterations 0"),
     ({"algorithm": "grpo", "critic_save_dir": "HF"}, "leave --critic_save_dir out"), ({"lora_rank": 0}, "--lora_rank 0"), ({"lora_rank": 2, "lora_alpha": 0.0}, "--lora_alpha 0"),
-    ({"keep_resident": "perhaps"}, "--keep_resident"),
+    ({"keep_resident": "perhaps"}, "--keep_resident"), ({"seed": 1_700_000_000_000}, "--seed 1700000000000: must be at least -2147483648"),
 ])
 def test_wrong_input_gets_a_sentence(flags, said, toy, tmp_path):
     flags = {key: toy / "hf" if value == "HF" else value for key, value in flags.items()}

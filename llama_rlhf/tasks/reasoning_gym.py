@@ -28,7 +28,8 @@ from llama_rlhf.records import Records
 from llama_rlhf.tasks import Problem, scored
 from llama_rlhf.tasks.answers import final_answer
 
-CHUNK = 32          # problems of one seed; the next ones have the next seed's, CHUNK further
+CHUNK = 32          # problems made at once; those of a place in the sequence have the package's seed for it
+SEED_STRIDE = 1_000_000     # places of one of our seeds: the package's next seed gives the same problems, one place further
 SCORE_SECONDS = 5   # of its processor time: another program's load changes no score
 
 
@@ -61,7 +62,7 @@ class ReasoningGym:
             if tried >= 20 * size + 100 * CHUNK:
                 raise ValueError(f"{self.name} with these settings gives {len(problems)} different questions for {split} in {tried} tries, not {size}: "
                                  f"ask for fewer, or widen its settings")
-            for entry in self._ask("make", self.seed + tried):
+            for entry in self._ask("make", self.seed * SEED_STRIDE + tried):
                 question, tried = entry["question"], tried + 1
                 digest = hashlib.sha256(question.encode()).digest()
                 if (digest[-1] % 4 == 0) == (split == "test") and digest not in seen and len(problems) < size:
