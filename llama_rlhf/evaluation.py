@@ -131,13 +131,16 @@ def make_way(log_dir: str, arguments: dict, checkpoint: str) -> None:
 def read_samples(path: str, rule: str) -> list[dict]:
     """The rows of a samples.jsonl, with answers as `rule` reads them. ValueError if it is something else."""
     rows = read_records(path)
-    needed = ("id", "sample", "prompt", "response", "finished", "n_tokens", "answers", "correct_by_rule")
+    needed, prompts = ("id", "sample", "prompt", "response", "finished", "n_tokens", "answers", "correct_by_rule"), {}
     for number, row in enumerate(rows, 1):
         if missing := [name for name in needed if name not in row]:
             raise ValueError(f'{rows.where(number)}: missing "{missing[0]}" (keys: {", ".join(row)}). '
                              "Give a samples.jsonl that solver_evaluate.py has written.")
         if rule not in row["answers"]:
             raise ValueError(f"--rule {rule!r}: {path} has the answers by {', '.join(row['answers'])}; give the --task and --rule they were made with")
+        if prompts.setdefault(row["id"], row["prompt"]) != row["prompt"]:
+            raise ValueError(f"{rows.where(number)}: problem {row['id']} has another prompt than above: these are answers to two files of problems. "
+                             "Give those to one at a time.")
         row |= {"answer": row["answers"][rule], "correct": row["correct_by_rule"][rule]}
     return sorted(rows, key=lambda row: (row["id"], row["sample"]))
 

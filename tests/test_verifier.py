@@ -15,6 +15,7 @@ from toys import make_hf
 from llama_rlhf.data import (
     Judged, JudgedReport, corrupt_numbers, encode_prompt, judged_problems, show_judged, split_problems, verifier_examples,
 )
+from llama_rlhf.evaluation import read_samples
 from llama_rlhf.records import Records, read_records
 from llama_rlhf.scoring import calibration, compare_paired, pair_accuracy, score_by_length, selection, wilson_interval
 from llama_rlhf.tasks import gsm8k
@@ -419,6 +420,18 @@ def test_what_a_raw_score_says_of_being_right(world_of_one):
     assert probability({"loss": "pairwise", "form": "linear", **told}, raw).tolist() == pytest.approx([sigmoid(-2.5), 0.5, sigmoid(1.0)]), "against the average response"
     assert probability({"loss": "bce", "form": "sigmoid", **told}, raw).tolist() == pytest.approx([sigmoid(x) for x in raw.tolist()])
     assert probability({"loss": "mse", "form": "linear", **told}, raw).tolist() == [0, 1, 1]
+
+
+def test_samples_of_two_files_of_problems_are_not_taken_for_one(tmp_path):
+    """Joined with `cat`, both have a problem 1: the answers to either were scored behind the first one's prompt, and voted together."""
+    row = {"id": 1, "sample": 0, "prompt": "1+1?", "response": "2", "finished": True, "n_tokens": 2, "answers": {"D": "2"}, "correct_by_rule": {"D": True}}
+    file = tmp_path / "samples.jsonl"
+    file.write_text("".join(json.dumps(row | more) + "\n" for more in ({}, {"sample": 1}, {"id": 2, "prompt": "1+2?"})))
+    assert len(read_samples(str(file), "D")) == 3
+    with open(file, "a") as lines:
+        lines.write(json.dumps(row | {"prompt": "3+1?"}))
+    with pytest.raises(ValueError, match="record 4: problem 1 has another prompt than above"):
+        read_samples(str(file), "D")
 
 
 def test_paired_comparison():
