@@ -9,7 +9,6 @@ the models, and group baselines, whitening and statistics become plain functions
 from __future__ import annotations
 
 import inspect
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -27,6 +26,7 @@ from llama_rlhf.sampling import Sampling
 from llama_rlhf.tasks import import_file
 from llama_rlhf.trainer import response_logprobs, response_values
 
+_LARGEST = torch.finfo(torch.float32).max
 _PASS_TOKENS = 4096         # forward passes without gradient go by packs of about this many tokens
 
 
@@ -157,14 +157,14 @@ def judge(responses: list[Response], settings: RolloutSettings) -> tuple[list[fl
     """The score of each response, whether it was set by the rule for bad ones, and how many of each kind there were.
 
     The rule: a response without an end token (truncated), one with fewer than min_response_tokens tokens before it (too short),
-    and one whose score is not finite get bad_score, whatever their sources say. With bootstrap_truncated a truncated one gets 0:
+    and one whose score is not finite, in fp32, get bad_score, whatever their sources say. With bootstrap_truncated a truncated one gets 0:
     the critic's value of its last state stands for what would have followed.
     """
     scores, bad, counts = [], [], {"truncated": 0, "too_short": 0, "not_finite": 0}
     for r in responses:
         score, n_before_end = sum(r.parts.values()), len(r.tokens) - r.prompt_length - r.finished
         fault = "truncated" if not r.finished else "too_short" if n_before_end < settings.min_response_tokens else \
-            "not_finite" if not math.isfinite(score) else None
+            "not_finite" if not abs(score) <= _LARGEST else None
         if fault:
             counts[fault] += 1
             score = 0.0 if fault == "truncated" and settings.bootstrap_truncated else settings.bad_score

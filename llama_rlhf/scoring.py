@@ -194,7 +194,8 @@ def score_by_length(scores, lengths):
     quarters = {}
     for length, score in zip(lengths, scores, strict=True):
         quarters.setdefault(bisect_left(bounds, length), []).append((length, score))
-    return {"correlation": sum(a * b for a, b in zip(x, y)) / (norms[0] * norms[1]) if all(norms) else None,
+    varies = all(norms) and len(set(scores)) > 1 and len(set(lengths)) > 1       # the mean of equal numbers may differ from them in its last digit
+    return {"correlation": sum(a * b for a, b in zip(x, y)) / (norms[0] * norms[1]) if varies else None,
             "quarters": [{"longest": max(length for length, _ in members), "n": len(members), "score": fmean(score for _, score in members)}
                          for _, members in sorted(quarters.items())]}
 

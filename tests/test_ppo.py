@@ -304,6 +304,14 @@ def test_a_disk_without_room_for_a_save_is_noticed_before_the_first_step(script,
     assert 0.7 * written < float(said[1]) * 1e9 < written
 
 
+@pytest.mark.parametrize("value,not_finite", [(1e39, 1), (-1e39, 1), (math.inf, 1), (math.nan, 1), (3e38, 0)])
+def test_a_score_beyond_fp32_is_not_finite(value, not_finite):
+    """1e39 is finite in Python and infinite in the buffer: it passed the check, and every advantage became NaN."""
+    from llama_rlhf.rollout import Response, RolloutSettings, judge
+    scores, bad, counts = judge([Response(1, 0, [1, 2, 3], 1, True, "x", None, {"function": value}, torch.zeros(2))], RolloutSettings())
+    assert counts["not_finite"] == not_finite == bad[0] and torch.tensor(scores).isfinite().all()
+
+
 def test_a_policy_that_only_ends_is_scored_too_short(toy, tmp_path):
     def only_ends(model):
         model.requires_grad_(False)

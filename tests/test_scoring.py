@@ -13,6 +13,7 @@ from llama_rlhf.scoring import (
     majority_vote,
     mcnemar_exact,
     pass_at_k,
+    score_by_length,
     top_vote,
     weighted_vote,
     wilson_interval,
@@ -138,6 +139,16 @@ def test_wilson_interval_mirrors_and_stays_within_zero_and_one():
     low, high = wilson_interval(10, 10)
     assert (1 - high, 1 - low) == pytest.approx(wilson_interval(0, 10))
     assert 0 < low < high <= 1
+
+
+def test_scores_that_never_vary_have_no_correlation_with_length():
+    """fmean of equal numbers need not be that number: a collapsed verifier was said to prefer long, or short, responses."""
+    r = random.Random(0)
+    for _ in range(200):
+        constant, varying = [r.random()] * r.randint(2, 30), r.random()
+        lengths = list(range(len(constant)))
+        assert score_by_length(constant, lengths)["correlation"] is None and score_by_length(lengths, constant)["correlation"] is None
+        assert score_by_length([varying, *constant], [0, *lengths])["correlation"] is not None
 
 
 @pytest.mark.parametrize("b, c, p", [(15, 5, 0.04138947), (30, 10, 0.00222143), (3, 1, 0.625), (0, 0, 1), (4, 4, 1)])
