@@ -204,6 +204,8 @@ def test_d_is_exact_beyond_float_precision():
         ("\\boxed{3^{\\text{rd}}}", "3"),
         ("\\boxed{3\\,\\text{m}^2}", "3"),
         ("\\boxed{3, \\text{ as said}}", "3"),
+        ("It covers 9\\pi", "9\\pi"),
+        ("It covers 3 m^2", "^2"),
     ],
 )
 def test_d_reads_the_answer_a_reader_would(text, answer):

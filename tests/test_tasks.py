@@ -48,6 +48,7 @@ def test_a_text_cut_off_answers_only_where_it_said_so():
     ("x\n#### 7", "7.0", True), ("3/4", "3/4", True), ("3/4", "4", False), ("18", "<think>18</think>", False),
     (4, "<answer>3/4</answer>", False), (3, "The answer is 3/4.", False), (.75, "<answer>0.5 or \\frac{3}{4}</answer>", True), (24, "<answer>48/2 = 24</answer>", True),
     (4, "<answer>12/3</answer>", True), (12, "<answer>x = 3\\cdot 4 = 12</answer>", True), (12, "<answer>12 = x</answer>", True), ("$5$", "5", True),
+    (2, "<answer>3\\sqrt{2}</answer>", False), (6, "<answer>10^6</answer>", False), (3, "the answer is \\boxed{3, -1}", False),
     ("\\text{Paris}", "Paris", True), ("\\(x+1\\)", "<answer>$x+1$</answer>", True), ("\u20135", "it is -5", True),
 ])  # fmt: skip
 def test_answers_equal_by_value_or_by_stated_spelling(tmp_path, label, text, right):

@@ -95,7 +95,7 @@ def extract_tolerant(text, *, truncated=False, tagged=False):
     begins with one (`#### Step 1` and `#### 1. Add` are headings); the last `\\boxed{}`, and in it what follows the last "=";
     what follows the last "answer is" or "answer:" ("is not" is none); the first `####` line with a number in it; the whole text.
     From the last place the last number is taken, from the others the first: `3/4`, `2 3/4` and `\\frac{3}{4}` are one value
-    there, `3 + 15 = 18` is 18, and what is a part of something else, as in `3\\sqrt{2}`, `10^6` or a box of several, is no number.
+    there, and `3 + 15 = 18` is 18. What is a part of something else, as in `3\\sqrt{2}`, `10^6` or a box of several, is no number.
 
     truncated: set it when a length limit cut the text off and the result becomes a *reward*. Then the whole text
     does not count (its last number is an intermediate result, and rewarding that teaches the policy to ramble),
@@ -111,13 +111,10 @@ def extract_tolerant(text, *, truncated=False, tagged=False):
     box = _BLANKS.sub("", last_boxed(text))
     in_box = _VALUE.search(box.rpartition("=")[2]) or _VALUE.search(box)
     number = leading or in_box or _stated(after_answer_words(text)) or any_in_hash_line
-    if number and (part := _part(number, several=number is in_box)):
-        return part
-    if number or truncated:
-        return _value(number) if number else None
-    for number in (_VALUE if tagged else _NUMBER).finditer(text):
-        pass
-    return _value(number) if number else None
+    if not number and not truncated:
+        for number in (_VALUE if tagged else _NUMBER).finditer(text):
+            pass
+    return (_part(number, several=number is in_box) or _value(number)) if number else None
 
 
 def _plain(text):
