@@ -179,6 +179,7 @@ def test_d_is_exact_beyond_float_precision():
         # what is denied
         ("First 20. The answer is not 20 but 18.", "18"),
         ("The answer is 18. The answer isn't 20, which took 3 steps", "18"),
+        ("The answer is 18. The answer is correct because 16 - 7 = 9", "18"),
         # a point after a letter or a point begins no decimals
         ("The answer is Rs.18", "18"),
         ("The answer is ...18.", "18"),
@@ -286,11 +287,11 @@ ADVERSARIAL = {
 @pytest.mark.parametrize("text", ADVERSARIAL.values(), ids=ADVERSARIAL.keys())
 def test_scoring_100k_adversarial_characters_takes_under_a_second(text):
     problem = gsm8k.Problem(id=1, prompt="?", solution="", label="5")
-    start = time.perf_counter()
+    start = time.process_time()
     gsm8k.score(problem, text, finished=True)
     gsm8k.score(problem, text, finished=False, reward=True)
     gsm8k.strip_calculator(text)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 PROBLEM = gsm8k.Problem(id=1, prompt="How many?", solution="#### 24", label="24")

@@ -58,7 +58,8 @@ def _harness_clean(answer):
 # Rule D
 
 _ANNOTATION = re.compile(r"<<[^<>\n]*>>")
-_ANSWER_WORDS = re.compile(r"answer(?:\s*(?:is(?!n['\u2019]t|\s+not\b)|:)|\W{0,3}:)", re.IGNORECASE)  # "**Answer**:" too, "is not" not
+# "**Answer**:" too, but not "The answer is not 5" and "The answer is correct, as 3 + 5 ..."
+_ANSWER_WORDS = re.compile(r"answer(?:\s*(?:is(?!n['\u2019]t|\s+(?:not|correct|right|wrong|incorrect)\b)|:)|\W{0,3}:)", re.IGNORECASE)
 _DIGITS = r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+"
 _NUMBER = re.compile(
     r"(?:(?<![\w)\]}%°])(?P<sign>[-+]))?"  # after a digit, letter, unit or closing bracket ("5-3", "50%-60%") it is no sign
@@ -93,7 +94,7 @@ def extract_tolerant(text, *, truncated=False, tagged=False):
     Everything up to the last "</think>" is dropped, and then everything from the first "Question:" on: few-shot models go
     on to invent the next problem. Then the first of these places that holds a number decides: the first `####` line that
     begins with one (`#### Step 1` and `#### 1. Add` are headings); the last `\\boxed{}`, and in it what follows the last "=";
-    what follows the last "answer is" or "answer:" ("is not" is none); the first `####` line with a number in it; the whole text.
+    what follows the last "answer is" or "answer:" ("is not" and "is correct" are none); the first `####` line with a number in it; the whole text.
     From the last place the last number is taken, from the others the first: `3/4`, `2 3/4` and `\\frac{3}{4}` are one value
     there, and `3 + 15 = 18` is 18. What is a part of something else, as in `3\\sqrt{2}`, `10^6` or a box of several, is no number.
 
