@@ -176,6 +176,8 @@ def test_d_is_exact_beyond_float_precision():
         ("The answer is 2^3 = 10 - 2 = 8.", "8"),
         ("Answer: 3 - 5 = -2", "-2"),
         ("Answer: 12 = 3x", "12"),
+        ("The answer is 1/3 = 0.333", "1/3"),
+        ("The answer is 36 / 2 / 3 = 6", "6"),
         # what is denied
         ("First 20. The answer is not 20 but 18.", "18"),
         ("The answer is 18. The answer isn't 20, which took 3 steps", "18"),

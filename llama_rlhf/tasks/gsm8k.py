@@ -71,7 +71,9 @@ _VALUE = re.compile(  # a number, a fraction (3/4) or both (2 3/4)
 )
 # what follows the number in "#### 1. Find the total", "#### 2 - Add", "#### 1st step"
 _HEADING = re.compile(r"(?:\\?[.):]|\s-\s)[*_\s\"'$\\(]*[^\W\d_]|(?:st|nd|rd|th)\b")
-_SUM = re.compile(r"[-+]?\$?(?:[0-9.,]+%?\)?\s*(?:[-+*/^x\u00d7\u00f7]|\\times|\\cdot|\\div)\s*\(*\$?)+[0-9.,]+%?\)?\s*=")  # `3 + 15 =`
+_SUM = re.compile(  # `3 + 15 =`; `1/3 =` is none: the fraction is exact, 0.333 is not
+    r"[-+]?\$?(?![0-9.,]+\s*/\s*\$?[0-9.,]+\s*=)(?:[0-9.,]+%?\)?\s*(?:[-+*/^x\u00d7\u00f7]|\\times|\\cdot|\\div)\s*\(*\$?)+[0-9.,]+%?\)?\s*="
+)
 # what stands before and behind a number that is only a part of a value: 3\sqrt{2}, 10^6, 3\pi; and, in a box, of several: 1, -2
 _INSIDE = re.compile(r"(?:\\sqrt\W*|\^\W*)\Z")
 _PART = re.compile(r"\s*(?:\^(?!\{?\s*(?:\\circ|\\text|\\mathrm|[a-z]))|\\(?:sqrt|pi|times|cdot)(?![a-z])|[\u03c0\u221a])")
