@@ -188,6 +188,7 @@ def main(
         needs_rule = rule_weight > 0 or rule_weight == -1 and not (reward_model_ckpt_dir or reward_function)
         Validation(actor_ckpt_dir, tokenizer_file=tokenizer_file, chat_format=chat_format, model_type=model_type, max_seq_len=max_seq_len,
                    use_chat_template=use_chat_template, system_prompt=system_prompt).prompts(train_file, label_file, task, max_new_tokens, needs_rule)
+    import inspect
     import math
     import os
     import random
@@ -233,6 +234,8 @@ def main(
                               kl_coef=kl_coef, kl_target=chosen(kl_target), kl_horizon=kl_horizon, clip_low=clip,
                               clip_high=clip if clip_high == -1 else clip_high, dual_clip=chosen(dual_clip), value_clip=chosen(value_clip),
                               whiten_rewards=whiten_rewards, bootstrap_truncated=bootstrap_truncated)
+        if unused := [f"--{name}" for name in row.unused if cli.resolved[name] != inspect.signature(main).parameters[name].default]:
+            groups.log(f"note: {algorithm} does not use {', '.join(unused)}")
         lora = lora_of(lora_rank, lora_alpha)
         cli.check_range(1, max_batch_size=max_batch_size, max_buffer_size=max_buffer_size, inner_epochs=inner_epochs, epochs=epochs, max_new_tokens=max_new_tokens,
                         rollout_batch_size=rollout_batch_size, eval_batch_size=eval_batch_size, max_iterations=chosen(max_iterations))

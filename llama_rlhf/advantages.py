@@ -138,6 +138,12 @@ class Algorithm:
     needs_group: bool = False   # compares the responses to one prompt
     clips: bool = True          # the ratio is clipped; if not, clip_low = clip_high = infinity
 
+    @property
+    def unused(self) -> list[str]:
+        """Flags of ppo_train.py that change nothing, beside those that `check_algorithm` refuses."""
+        return ([] if self.uses_critic else ["lam", "value_clip", "critic_lr", "critic_warmup"]) + ([] if self.clips else ["clip", "clip_high"]) \
+            + (["gamma"] if self.needs_group else [])
+
 
 ALGORITHMS: dict[str, Algorithm] = {
     # Schulman et al. 2017, arXiv:1707.06347; for language models: Ouyang et al. 2022, arXiv:2203.02155

@@ -311,6 +311,14 @@ def test_check_algorithm_names_what_cannot_go_together(name, options, message):
         check_algorithm(name, **options)
 
 
+def test_what_an_algorithm_does_not_use_are_flags():
+    import inspect
+
+    import ppo_train
+    assert {name for row in ALGORITHMS.values() for name in row.unused} <= set(inspect.signature(ppo_train.main).parameters)
+    assert ALGORITHMS["ppo"].unused == []
+
+
 # ---- T8 (explained variance), T3, T5 (moments), T9: running statistics
 
 def test_explained_variance_is_that_of_the_valid_tokens():

@@ -116,11 +116,13 @@ def whole(folder):
     return {name: shards[0][name] if entry["cut"] is None else torch.cat([s[name] for s in shards], entry["cut"]) for name, entry in plan.items()}
 
 
-@pytest.mark.parametrize("algorithm,extra", [("dr_grpo", {}), ("rloo", {}), ("reinforce++", {}), ("ppo", {"bootstrap_truncated": True, "dual_clip": 3.0}),
+@pytest.mark.parametrize("algorithm,extra", [("dr_grpo", {}), ("rloo", {"clip_high": 0.3}), ("reinforce++", {}), ("ppo", {"bootstrap_truncated": True, "dual_clip": 3.0}),
                                              ("ppo", {"kl_target": 2.0, "entropy_coef": 0.01, "normalize_scores": True, "target_kl": 1e-9}),
                                              ("reinforce++", {"kl_coef": 0.0})])
 def test_every_algorithm_and_option_runs(algorithm, extra, toy, tmp_path):
-    ok(ppo(toy, tmp_path / "run", algorithm=algorithm, **{"reward_function": f"{toy / 'rewards.py'}:evens", **extra}))
+    out = ok(ppo(toy, tmp_path / "run", algorithm=algorithm, **{"reward_function": f"{toy / 'rewards.py'}:evens", **extra}))
+    unused = {"ppo": "", "rloo": "--critic_lr, --critic_warmup, --clip_high"}.get(algorithm, "--critic_lr, --critic_warmup")
+    assert f"note: {algorithm} does not use {unused}\n" in out if unused else "does not use" not in out
     first, second = iterations(tmp_path / "run")
     assert all(math.isfinite(r[key]) for r in (first, second) for key in ("policy_loss", "score", "approx_kl", "entropy"))
     assert ("value_loss" in first) == (algorithm == "ppo")
@@ -337,7 +339,8 @@ def test_a_policy_that_only_ends_is_scored_too_short(toy, tmp_path):
     ({"rule_weight": 0.0}, "no reward"), ({"reward_model_ckpt_dir": "HF"}, "has no value head"), ({"rule": "Z"}, "--rule"),
     ({"minibatch_size": 99}, "--minibatch_size 99"), ({"actor_lr": 0.0}, "--actor_lr 0.0 must be positive"), ({"max_iterations": 0}, "--max_iterations 0"),
     ({"algorithm": "grpo", "critic_save_dir": "HF"}, "leave --critic_save_dir out"), ({"lora_rank": 0}, "--lora_rank 0"), ({"lora_rank": 2, "lora_alpha": 0.0}, "--lora_alpha 0"),
-    ({"keep_resident": "perhaps"}, "--keep_resident"), ({"seed": 1_700_000_000_000}, "--seed 1700000000000: must be at least -2147483648"),
+    ({"keep_resident": "perhaps"}, "--keep_resident"),
+ ({"seed": 1_700_000_000_000}, "--seed 1700000000000: must be at least -2147483648"),
 ])
 def test_wrong_input_gets_a_sentence(flags, said, toy, tmp_path):
     flags = {key: toy / "hf" if value == "HF" else value for key, value in flags.items()}
