@@ -17,20 +17,20 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from llama_rlhf.cli import run  # noqa: E402
 
 
-def main(*, model_type: str = "llama-2-70b", layers: int = 2, n: int = 8, folder: str = "/tmp/large-model", load_only: bool = False):
+def main(*, model_type: str = "llama-2-70b", layers: int = 2, n: int = 8, folder: str = "/tmp", load_only: bool = False):
     """Split and load a few layers of a large model at true widths; print seconds, memory, and the sum for all layers.
 
     Args:
         model_type: a preset
         layers: how many of its layers to make
         n: shards and ranks
-        folder: where to work; its files are removed at the end
+        folder: on the disk to work on; a folder made in it is removed at the end
         load_only: internal: the part each rank runs
     """
     if load_only:
         load(folder)
         return
-    import shutil
+    import tempfile
     from dataclasses import replace
 
     import torch
@@ -47,28 +47,27 @@ def main(*, model_type: str = "llama-2-70b", layers: int = 2, n: int = 8, folder
     full = preset(model_type)
     config = replace(full, n_layers=layers)
     groups.initialize(device="cpu")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.makedirs(os.path.join(folder, "hf"))
-    try:
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="large-model-", dir=folder) as work:
+        hf = os.path.join(work, "hf")
+        os.makedirs(hf)
         family = FAMILIES[config.family]
         infos = {lookup(family.hf, name).name: TensorInfo(piece.shape, torch.bfloat16)
                  for name, piece in native_tensors(CausalLM(config)).items()}
         largest = max(torch.Size(info.shape).numel() for info in infos.values())
         noise = (torch.randn(largest + len(infos)) * 0.02).bfloat16()
-        with open(os.path.join(folder, "hf", "config.json"), "w") as file:
+        with open(os.path.join(hf, "config.json"), "w") as file:
             json.dump(family.write_hf(config), file)
-        with SafetensorsWriter(os.path.join(folder, "hf", "model.safetensors"), infos) as writer:
+        with SafetensorsWriter(os.path.join(hf, "model.safetensors"), infos) as writer:
             for i, (name, info) in enumerate(infos.items()):
                 writer.write(name, noise[i:i + torch.Size(info.shape).numel()].view(info.shape))
         del noise
         print(f"{model_type} with {layers} of {full.n_layers} layers: {config.n_parameters / 1e9:.2f} of {full.n_parameters / 1e9:.2f} billion weights")
         started = time.perf_counter()
-        split_checkpoint(os.path.join(folder, "hf"), os.path.join(folder, "split"), n)
+        split_checkpoint(hf, os.path.join(work, "split"), n)
         print(f"split for {n} ranks in {time.perf_counter() - started:.1f} s")
         subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n), os.path.abspath(__file__),
-                        "--load_only", "--folder", os.path.join(folder, "split")], check=True, stderr=subprocess.DEVNULL)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+                        "--load_only", "--folder", os.path.join(work, "split")], check=True, env={"OMP_NUM_THREADS": "1", **os.environ})
     pieces, plan = native_tensors(CausalLM(full)), Partition(full, n)
     sizes = [sum(2 * torch.Size(p.shape).numel() * (1 if p.dim is None else (plan.held[p.kind][r][1] - plan.held[p.kind][r][0]) / p.shape[p.dim])
                  for p in pieces.values()) for r in range(n)]

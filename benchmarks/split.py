@@ -1,6 +1,6 @@
 """Time of checkpoint_split.py beside a plain copy of the same bytes, and its memory.
 
-    python benchmarks/split.py --gb 4 --folder /tmp/split-benchmark
+    python benchmarks/split.py --gb 4
 
 Both end with fsync; the two are interleaved and the best of --repeat counts, because other users of the disk disturb
 either. Memory is the largest RssAnon of the process (pages of mapped files, which the system can drop, not included).
@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -20,7 +21,7 @@ SCRIPT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))
 
 
 def main(*, gb: float = 4.0, n: int = 8, repeat: int = 2, container: str = "safetensors", dtype: str = "keep",
-         folder: str = "/tmp/split-benchmark"):
+         folder: str = "/tmp"):
     """Split a random LLaMA-shaped bf16 checkpoint and print seconds, the ratio to a plain copy, and memory.
 
     Args:
@@ -29,22 +30,20 @@ def main(*, gb: float = 4.0, n: int = 8, repeat: int = 2, container: str = "safe
         repeat: runs of each; the best counts
         container: safetensors or bin
         dtype: of the shards, as in checkpoint_split.py
-        folder: where to work; needs three times the size; its files are removed at the end
+        folder: on the disk to be measured; a folder made in it, of three times the size, is removed at the end
     """
     os.makedirs(folder, exist_ok=True)
-    source = os.path.join(folder, "source")
     copies, splits = [], []
-    try:
+    with tempfile.TemporaryDirectory(prefix="split-benchmark-", dir=folder) as work:
+        source = os.path.join(work, "source")
         size, largest = make_checkpoint(source, gb, container)
         print(f"checkpoint: {size / 1e9:.2f} GB ({container}), largest tensor {largest / 1e6:.0f} MB, load {os.getloadavg()[0]:.1f}")
         for i in range(repeat):
-            copies.append(copy(source, os.path.join(folder, "copy")))
-            splits.append(split(source, os.path.join(folder, "shards"), n, dtype))
+            copies.append(copy(source, os.path.join(work, "copy")))
+            splits.append(split(source, os.path.join(work, "shards"), n, dtype))
             seconds, anon, tail = splits[-1]
             print(f"run {i + 1}: copy {copies[-1]:.1f} s, split {seconds:.1f} s, RssAnon {anon / 1e6:.0f} MB, load "
                   f"{os.getloadavg()[0]:.1f}; {tail}", flush=True)
-    finally:
-        remove(source, os.path.join(folder, "copy"), os.path.join(folder, "shards"))
     best, anon = min(s[0] for s in splits), max(s[1] for s in splits)
     print(f"best of {repeat}: copy {min(copies):.1f} s, split to {n} {best:.1f} s, ratio {best / min(copies):.2f}; "
           f"RssAnon at most {anon / 1e6:.0f} MB = largest tensor + {(anon - largest) / 1e6:.0f} MB")
@@ -114,10 +113,9 @@ def split(source, target, n, dtype):
     return float(lines[-1].split(" s,")[0].split()[-1]), anon, lines[-1]
 
 
-def remove(*folders):
+def remove(folder):
     import shutil
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
