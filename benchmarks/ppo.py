@@ -102,7 +102,14 @@ class Peer:
         raise SystemExit("the peer ended; run benchmarks/ppo_peer.py with its interpreter to see why")
 
 
-def compare(ours, dump_file):
+def agree(what, values, limit):
+    """SystemExit unless the numbers of `values`, by side, lie within `limit` of each other."""
+    if not all(abs(a - b) <= limit for a in values.values() for b in values.values()):
+        raise SystemExit(f"{what}: {', '.join(f'{side} {value:.5g}' for side, value in values.items())}; more than {limit:g} apart. "
+                         "The sides have not done the same work, so their times and memory are no comparison")
+
+
+def compare(ours, dump_file, dtype):
     """The reference's log-probabilities of the peer's first responses, by both sides."""
     with open(dump_file) as file:
         dump = json.load(file)
@@ -112,6 +119,7 @@ def compare(ours, dump_file):
         mine = response_logprobs(ours.roles.reference, dump["sequences"], prompts).view_as(theirs)
     print(f"outputs compared: reference log-probabilities of {theirs.numel()} tokens differ by at most {(mine - theirs).abs().max():.1e}, "
           f"mean {(mine - theirs).abs().mean():.1e}", flush=True)
+    agree("mean distance of the reference's log-probabilities", {"ours": 0.0, "trl": float((mine - theirs).abs().mean())}, {"fp32": 1e-3, "bf16": 0.1}[dtype])
 
 
 class Limit:
@@ -119,8 +127,8 @@ class Limit:
 
     def __init__(self, model, n_rows):
         self.model, self.n_rows, self.weights = model, n_rows, linear_weights(model)
-        shapes = [tuple(m.weight.shape) for m in model.layers.modules() if hasattr(m, "held")] + [tuple(model.head_weight.shape)]
-        self.layers = [(torch.randn(n_rows, shape[1], dtype=model.dtype), torch.randn(shape, dtype=model.dtype)) for shape in shapes]
+        weights = [m.weight.detach() for m in model.layers.modules() if hasattr(m, "held")] + [model.head_weight.detach()]     # no copies: they would be our memory
+        self.layers = [(torch.randn(n_rows, weight.shape[1], dtype=model.dtype), weight) for weight in weights]
 
     def speed(self):
         """FLOP/s of matrix products, and seconds of all linear layers of a decode step, timed alone, weights not in cache."""
@@ -208,8 +216,10 @@ def main():
                 if i:
                     rows[name].append(record)
                 elif name == "trl":
-                    compare(sides["ours"], args.dump)
+                    compare(sides["ours"], args.dump, args.dtype)
     first = rows["ours"][0]
+    for key in ("prompt_tokens", "response_tokens"):
+        agree(f"{key} of the last iteration", {name: records[-1][key] for name, records in rows.items()}, 0)
     for record in rows["ours"]:
         record["limit"] = limit.seconds(record["prompt_tokens"], record["response_tokens"], args.inner_epochs, args.lora_rank > 0, *record["speed"])
         record["limit"]["seconds"] = sum(record["limit"].values())

@@ -1,8 +1,8 @@
-"""Peak memory of PPO with four roles beside that of fine-tuning one model, both with LoRA, on the same rows.
+"""Peak memory of PPO with four roles beside that of fine-tuning one model, both with LoRA, on rows of the same lengths.
 
     python benchmarks/roles.py --model DIR
 
-Each side runs in a process of its own, with micro-batches of the same responses; the peak is resident memory (CUDA: allocated).
+Each side runs in a process of its own, with micro-batches of the same size; the peak is resident memory (CUDA: allocated).
 """
 
 import argparse
@@ -22,7 +22,7 @@ def fine_tuning(args):
     from ppo import prompts_of
     prompts = prompts_of(args.model, args.n_rows)
     model = load_model(args.model, lora=Lora(args.lora_rank, 32.0), dtype=dtype_of(args))
-    trainer, rows = Trainer(model, lr=1e-6, total_steps=10), [p + p[-args.new_tokens:] for p in prompts]
+    trainer, rows = Trainer(model, lr=1e-6, total_steps=10), [p + (p * args.new_tokens)[:args.new_tokens] for p in prompts]
     batches = [list(range(i, min(i + args.max_batch_size, args.n_rows))) for i in range(0, args.n_rows, args.max_batch_size)]
     for _ in range(args.iterations):
         trainer.step(batches, lambda b: -response_logprobs(model, [rows[i] for i in b], [len(prompts[i]) for i in b]).sum(),

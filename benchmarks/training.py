@@ -5,7 +5,7 @@
 DIR: a Hugging Face folder, e.g. made by checkpoint_split.py --format hf. The venv: see training_peer.py. A step takes --n_rows records of
 --data (default: our own; the official GSM8K file has natural lengths) and makes one optimizer step, in micro-batches that each side likes
 best (--micro_batch, --peer_micro_batch). The sides alternate; a ratio is the median over steps of the peer's seconds over ours. The first
-step of each side counts for the loss only. bf16: our optimizer keeps fp32 masters, the peers' works on the bf16 weights.
+step of each side counts for the loss only, and ends the run where the losses differ. bf16: our optimizer keeps fp32 masters, the peers' works on the bf16 weights.
 
   full    fine-tuning of all weights: transformers padded, TRL's SFTTrainer with rows sorted by length, and by its defaults
   lora    rank 16 on all linear layers: transformers + peft, SFTTrainer + peft
@@ -30,7 +30,7 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
-from ppo import linear_weights, matmul_rate
+from ppo import agree, linear_weights, matmul_rate
 
 from llama_rlhf.checkpoint.shards import load_model
 from llama_rlhf.data import Judged, sft_examples
@@ -106,8 +106,8 @@ class Side:
     """A process that makes a step for each line we send it."""
 
     def __init__(self, command):
-        self.command = command
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.errors = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True)
 
     def step(self):
         with contextlib.suppress(BrokenPipeError):
@@ -116,7 +116,8 @@ class Side:
         for line in self.process.stdout:
             if line.startswith("{") and "seconds" in (record := json.loads(line)):
                 return record
-        raise SystemExit("a side ended; run it by hand to see why: " + " ".join(self.command))
+        self.errors.seek(0)
+        raise SystemExit(f"{self.errors.read()[-2000:]}\na side ended, see above: " + " ".join(self.process.args))
 
 
 def rows_of(options, n_steps):
@@ -245,6 +246,8 @@ def main():
                     records[name].append(sides[name].step())
                     if before:      # the machine's speed comes and goes: the limit of a step is that of its moment
                         records[name][-1]["rate"] = (before + rate()) / 2
+                if i == 0:
+                    agree(f"{what}: losses of the first step", {name: r[0]["loss"] for name, r in records.items()}, {"fp32": 1e-3, "bf16": 2e-2}[options.dtype])
             close(sides)
         show(what, records, data, options)
     groups.shutdown()

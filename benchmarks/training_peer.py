@@ -4,7 +4,7 @@
 
 --side transformers  a plain loop: rows padded to the longest, model(labels=...).loss, clipping, fused AdamW; with --lora_rank by peft
 --side sft           TRL's SFTTrainer, rows sorted by length into micro-batches, so that little is padded
---side sft_defaults  the same as its defaults have it: rows as they come, 8 in a micro-batch, activations computed again
+--side sft_defaults  the same as its defaults have it: rows as they come, 8 in a micro-batch whatever --micro_batch says, activations computed again
 --side reward        TRL's RewardTrainer
 
 The steps' rows stand in a json file: [[{"tokens": [...], "prompt_len": n} or {"chosen": [...], "rejected": [...]}, ...], ...].
@@ -41,6 +41,10 @@ def main():
     torch.manual_seed(0)
     with open(options.steps) as file:
         steps = json.load(file)
+    if options.side == "sft_defaults":
+        options.micro_batch = 8
+    if options.side != "transformers" and len(steps[0]) % options.micro_batch:
+        sys.exit(f"a step has {len(steps[0])} rows, --micro_batch {options.micro_batch} does not divide them: TRL would leave the rest out")
     model = load(options)
     if options.side == "transformers":
         loop(model, steps, options)
@@ -120,16 +124,16 @@ def trl(model, steps, options):
     from transformers import AutoTokenizer, TrainerCallback
     from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
     reward, defaults = options.side == "reward", options.side == "sft_defaults"
-    micro_batch = 8 if defaults else options.micro_batch
     length = (lambda row: max(len(row["chosen"]), len(row["rejected"]))) if reward else (lambda row: len(row["tokens"]))
     rows = [row for step in steps for row in (step if defaults else sorted(step, key=length, reverse=True))]
     n_rows = len(steps[0])
-    common = dict(output_dir=os.path.join(tempfile.gettempdir(), "training_peer"), per_device_train_batch_size=micro_batch,
-                  gradient_accumulation_steps=n_rows // micro_batch, max_steps=len(steps), learning_rate=options.lr, lr_scheduler_type="constant",
+    common = dict(output_dir=os.path.join(tempfile.gettempdir(), "training_peer"), per_device_train_batch_size=options.micro_batch,
+                  gradient_accumulation_steps=n_rows // options.micro_batch, max_steps=len(steps), learning_rate=options.lr, lr_scheduler_type="constant",
                   max_length=None, gradient_checkpointing=defaults, bf16=False, use_cpu=True, report_to="none", save_strategy="no", logging_steps=1,
                   disable_tqdm=True, weight_decay=0.01, adam_beta2=0.95, optim="adamw_torch_fused", dataloader_pin_memory=False)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    # TRL tells the model its pad id, and a reward is read at the last token that is not that one: with the end token for padding, a token too early
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
     if reward:
         data = Dataset.from_list([{"chosen_input_ids": row["chosen"], "rejected_input_ids": row["rejected"]} for row in rows])
         config, kind = RewardConfig(**common), RewardTrainer
