@@ -457,3 +457,21 @@ def test_importing_the_task_loads_no_torch():
     code = "import sys, llama_rlhf.tasks.reasoning_gym, llama_rlhf.comparison, llama_rlhf.data; sys.exit('torch' in sys.modules)"
     root = Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_the_task_for_lm_eval_marks_as_rule_c():
+    """By the filter's own documentation: findall, the last match, its first group that holds something; then the patterns that are ignored are cut out."""
+    import os
+
+    import yaml
+    with open(os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "examples", "lm_eval", "math_word_problems.yaml")) as file:
+        task = yaml.safe_load(file)
+    (options,), (metric,) = [step for step in task["filter_list"][0]["filter"] if step["function"] == "regex"], task["metric_list"]
+    for text in ("so 18...", "costs $1,200.", "5-3", "1.5", "18 , then", "a .5", "#### 7", "none", "$ 3", "-$4.00", "2 and 3."):
+        found = re.findall(options["regex_pattern"], text)
+        answer = None
+        if found:
+            answer = next(part for part in (found[options["group_select"]] if isinstance(found[0], tuple) else found[-1:]) if part)
+            for pattern in metric["regexes_to_ignore"]:
+                answer = re.sub(pattern, "", answer)
+        assert answer == gsm8k.extract_flexible(text), text

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
 
 import pytest
@@ -150,6 +151,20 @@ def test_what_a_continued_run_has_superseded_does_not_count(tmp_path, world_of_o
         report.read_run(str(tmp_path), "")
     with pytest.raises(FileNotFoundError, match=f"such as {tmp_path}/run; this folder holds run$"):
         report.read_run(str(tmp_path), "")
+
+
+def test_curves_of_the_arithmetic_example_are_of_the_records_that_count(tmp_path):
+    """curves.py printed an iteration twice when a run was continued, and fell over a run without labels and over a line cut off by a kill."""
+    more = {"response_length": 9.0, "seconds": 1.0}
+    records = [iteration(1, **more), iteration(2, **more), {"kind": "evaluation", "step": 2, "accuracy": 0.25},
+               {"kind": "resumed", "step": 1, "run": "2026-01-01T11:00:00+00:00"},
+               iteration(2, **more, run="2026-01-01T11:00:00+00:00") | {"score": 7.5, "accuracy": None, "kl_sequence": None}]
+    with open(write_run(tmp_path / "run" / "log", records=records) / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "iter')
+    curves = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "examples", "arithmetic", "curves.py")
+    done = subprocess.run([sys.executable, curves, tmp_path / "run"], capture_output=True, text=True, cwd=tmp_path)
+    rows = [line.split() for line in done.stdout.splitlines()[3:]]
+    assert rows == [["1", "0.100", "5.0%", "-", "1.000", "9.0", "1.0"], ["2", "7.500", "-", "-", "1.000", "9.0", "1.0"]], done.stderr
 
 
 def test_a_line_that_was_cut_off_is_not_written_on(tmp_path, world_of_one):
