@@ -27,6 +27,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 import torch.nn.functional as F
 import transformers
+from ppo import agree
 
 from llama_rlhf.checkpoint.shards import load_model
 from llama_rlhf.data import encode_prompt
@@ -163,6 +164,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 THEIR_START = """
+import os
 import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -170,7 +172,8 @@ tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
 ids = tokenizer("What is 2 + 3?", return_tensors="pt")
 with torch.inference_mode():
-    print(tokenizer.decode(model.generate(**ids, max_new_tokens=1, do_sample=False)[0, -1:]))
+    print(tokenizer.decode(model.generate(**ids, max_new_tokens=1, do_sample=False)[0, -1:]), flush=True)
+os._exit(0)         # as our side: the interpreter's end is no part of the start
 """
 
 
@@ -200,6 +203,7 @@ def main():
     parser.add_argument("--batch", type=int, default=64, help="rows at once of job and samples")
     parser.add_argument("--own_batch", type=int, default=-1, help="of our side of job, where it is to be another")
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--peer_attention", default="", choices=["", "eager", "sdpa"], help="default: eager in bf16, sdpa in fp32: what is faster here")
     parser.add_argument("--cache", default=None, help="of the peer: None (dynamic) or static")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -216,12 +220,14 @@ def main():
     if not {"decode", "job", "samples"} & set(asked):
         return
     model = load_model(args.model, dtype=groups.default_dtype(args.dtype))
-    peer = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=model.dtype).eval()
+    peer = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=model.dtype, attn_implementation=args.peer_attention or (
+        "eager" if args.dtype == "bf16" else "sdpa")).eval()
     tokenizer = load_tokenizer(args.model)
     prompts = [encode_prompt(tokenizer, problem.prompt, use_chat_template=True) for problem in get_task("GSM8K").load(args.label_file)[:args.n_questions]]
     mine = ours(model, prompts[:8], max_new_tokens=16, batch=8, eos=tokenizer.eos_ids)
     same = sum(a == b for a, b in zip(mine, theirs(peer, prompts[:8], max_new_tokens=16, batch=8, eos=tokenizer.eos_ids)))
     print(f"outputs compared: {same} of 8 greedy answers of 16 tokens are the same ({args.dtype})", flush=True)
+    agree("the same answers of 8", {"seen": same, "wanted": 8}, {"fp32": 0, "bf16": 5}[args.dtype])      # bf16 rounds: a text parts where two tokens are nearly alike
     if "decode" in asked:
         decode(model, peer, args)
     if "job" in asked:

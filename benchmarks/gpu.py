@@ -24,6 +24,7 @@ from dataclasses import replace
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import torch
+from ppo import agree
 from training_peer import LINEARS, optimizer_step
 
 from llama_rlhf.checkpoint.formats import Checkpoint, TensorFile, TensorInfo
@@ -147,6 +148,7 @@ def train(what, config, options, flops):
         before = allocated()
         first[name], losses[name] = timed(step)
         peaks[name] = allocated(peak=True) - before + (trainer.state_bytes if name == "ours" else 0)
+    agree(f"{what}: losses of the first step", losses, 0.05)
     seconds = alternate(sides, options.pairs)
     linear = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "lora_" not in name and not name.startswith("tok_emb"))
     # causal attention: two products of half n^2 each, forward; twice that backward
@@ -200,6 +202,7 @@ def decode(config, options, bandwidth):
             logits = peer(torch.tensor([prompt + row.tokens for prompt, row in zip(prompts, checked)], device=groups.device())).logits[:, 99:-1].float()
             chosen = logits.log_softmax(-1).gather(2, torch.tensor([row.tokens for row in checked], device=groups.device())[..., None])[..., 0]
         apart = (chosen.cpu() - torch.tensor([row.logprobs for row in checked])).abs()
+        agree("mean distance of the log-probabilities", {"ours": 0.0, "theirs": float(apart.mean())}, 0.1)
         first = {name: timed(lambda call=call: call(8))[0] for name, call in calls.items()}
         steps, shorts = {name: [] for name in calls}, {name: [] for name in calls}
         for i in range(options.pairs):

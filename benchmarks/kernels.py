@@ -2,7 +2,7 @@
 
     python benchmarks/kernels.py [--threads 2]
 
-Five tables, microseconds (best of several): one step's linear layers of SmolLM2-135M by F.linear and by `layers.held` weights;
+Five tables, microseconds (best of several), of forms that are first seen to give the same: one step's linear layers of SmolLM2-135M by F.linear and by `layers.held` weights;
 a linear layer of 2048 rows by torch's product and by oneDNN's, in fp32: forward, where we keep torch's, and the gradient of its input;
 decode attention by the fused kernel and by batched products on a cache without gaps; causal attention forward + backward by
 the fused kernel (a row at a time, in bf16 and in fp32) and as the model computes it; RMSNorm forward + backward by torch and as the model computes it.
@@ -37,12 +37,21 @@ def best(call, n=12):
     return min(times) * 1e6
 
 
+def same(usual, *others):
+    """SystemExit where a form gives something else, rounding apart: its time would be no comparison."""
+    for other in others:
+        if not (apart := float((other.float() - usual.float()).abs().max() / usual.float().abs().max())) < 0.03:
+            raise SystemExit(f"two forms of one computation differ by {apart:.1%} of the largest value, {tuple(usual.shape)} {usual.dtype}: one of them is wrong")
+
+
 def linears(dtype, batch):
     """One decode step: every linear layer and the head, each with weights of its own."""
     shapes = [((HEADS + 2 * KV_HEADS) * D, DIM), (DIM, DIM), (2 * FFN, DIM), (DIM, FFN)] * LAYERS + [(VOCAB, DIM)]
     weights = [torch.randn(shape, dtype=dtype) for shape in shapes]
     inputs = {n: torch.randn(batch, n, dtype=dtype) for n in (DIM, FFN)}
     packed = [held(w, batch) for w in weights]
+    for shape, w, p in zip(shapes, weights, packed):
+        same(F.linear(inputs[shape[1]], w), product(inputs[shape[1]], p))
     usual = best(lambda: [F.linear(inputs[w.shape[1]], w) for w in weights])
     return usual, best(lambda: [product(inputs[shape[1]], w) for shape, w in zip(shapes, packed)])
 
@@ -51,6 +60,8 @@ def training_products(rows, shape):
     """Of a linear layer in fp32: forward by torch and by oneDNN, the gradient of its input by torch and as the model computes it."""
     w, x, dy = torch.randn(shape), torch.randn(rows, shape[1]), torch.randn(rows, shape[0])
     by_onednn = torch.ops.mkldnn._linear_pointwise
+    same(F.linear(x, w), by_onednn(x, w, None, "none", [], ""))
+    same(dy @ w, product_back(dy, w))
     return best(lambda: F.linear(x, w)), best(lambda: by_onednn(x, w, None, "none", [], "")), best(lambda: dy @ w), best(lambda: product_back(dy, w))
 
 
@@ -60,8 +71,15 @@ def decode_attention(dtype, batch, span):
     wide = mask.expand(-1, KV_HEADS, -1, -1).flatten(0, 1)
     pairs = list(zip(caches[::2], caches[1::2]))
     shape = batch, KV_HEADS, span, D
-    fused = best(lambda: [F.scaled_dot_product_attention(q, k.view(shape), v.view(shape), attn_mask=mask) for k, v in pairs])
-    return fused, best(lambda: [torch.bmm(torch.baddbmm(wide, q.flatten(0, 1), k.transpose(1, 2), alpha=D ** -0.5).softmax(-1), v) for k, v in pairs])
+
+    def fused(k, v):
+        return F.scaled_dot_product_attention(q, k.view(shape), v.view(shape), attn_mask=mask)
+
+    def products(k, v):
+        return torch.bmm(torch.baddbmm(wide, q.flatten(0, 1), k.transpose(1, 2), alpha=D ** -0.5).softmax(-1), v)
+
+    same(fused(*pairs[0]).flatten(0, 1), products(*pairs[0]))
+    return best(lambda: [fused(k, v) for k, v in pairs]), best(lambda: [products(k, v) for k, v in pairs])
 
 
 def training_attention(dtype, lengths):
@@ -74,9 +92,13 @@ def training_attention(dtype, lengths):
             row = (x[None, start:start + n].transpose(1, 2).to(cast) for x in (q, k, v))
             out.append(F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
             start += n
-        torch.cat(out).to(dtype).backward(grad)
+        return torch.cat(out).to(dtype)
 
-    return best(lambda: fused(dtype)), best(lambda: fused(torch.float32)), best(lambda: packed_attention(q, k, v, rows, None, None).backward(grad))
+    forms = lambda: fused(dtype), lambda: fused(torch.float32), lambda: packed_attention(q, k, v, rows, None, None)  # noqa: E731
+    usual, *others = ([form().detach(), *torch.autograd.grad(form(), (q, k, v), grad)] for form in forms)
+    for results in zip(usual, *others):
+        same(*results)
+    return [best(lambda form=form: form().backward(grad)) for form in forms]
 
 
 def main():
@@ -105,6 +127,7 @@ def main():
                   f"fused in fp32 {in_fp32:6.0f}, ours {ours:6.0f}: {min(fused, in_fp32) / ours:.2f}", flush=True)
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         x, weight, grad = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((2848, DIM), (DIM,), (2848, DIM)))
+        same(F.rms_norm(x, (DIM,), weight, 1e-5).detach(), _RMSNorm.apply(x, weight, 1e-5).detach())
         usual = best(lambda: F.rms_norm(x, (DIM,), weight, 1e-5).backward(grad))
         ours = best(lambda: _RMSNorm.apply(x, weight, 1e-5).backward(grad))
         print(f"{name} RMSNorm forward and backward, 2848 rows: torch {usual:6.0f}, ours {ours:6.0f}: {usual / ours:.2f}", flush=True)

@@ -41,6 +41,16 @@ def test_sides_that_have_not_done_the_same_end_the_benchmark():
             agree("losses", {"ours": 0.656, "trl": theirs}, 2e-2)
 
 
+def test_kernels_that_give_something_else_are_not_timed():
+    import torch
+    from kernels import same
+    usual = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    same(usual, usual.bfloat16(), usual + 1e-6)
+    for other in (usual.flip(0), usual * float("nan")):
+        with pytest.raises(SystemExit, match="one of them is wrong"):
+            same(usual, usual, other)
+
+
 def test_a_side_that_ends_says_why():
     from training import Side
     with pytest.raises(SystemExit, match="(?s)no module of that name.*a side ended"):
