@@ -156,7 +156,7 @@ def compare(what, options, folder, rows):
         sides["ours, full"] = Side([*ours, "full"])
     if options.peer_python:
         peer = [options.peer_python, os.path.join(HERE, "training_peer.py"), *common, "--micro_batch", str(options.peer_micro_batch),
-                "--attention", options.peer_attention, *(["--lora_rank", "16"] if what == "lora" else [])]
+                "--attention", options.peer_attention or ("eager" if options.dtype == "bf16" else "sdpa"), *(["--lora_rank", "16"] if what == "lora" else [])]
         names = {"full": {"transformers": "transformers", "trl": "sft", "trl, defaults": "sft_defaults"}, "lora": {"peft": "transformers", "trl": "sft"}, "reward": {"trl": "reward"}}[what]
         sides |= {name: Side([*peer, "--side", side]) for name, side in names.items()}
     return sides
@@ -217,7 +217,7 @@ def main():
     parser.add_argument("--max_seq_len", type=int, default=512)
     parser.add_argument("--micro_batch", type=int, default=16)
     parser.add_argument("--peer_micro_batch", type=int, default=4)
-    parser.add_argument("--peer_attention", default="sdpa", choices=["sdpa", "eager"])
+    parser.add_argument("--peer_attention", default="", choices=["", "sdpa", "eager"], help="default: eager in bf16, sdpa in fp32: what is faster here")
     parser.add_argument("--n_steps", type=int, default=3, help="counted ones")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--side", default="", help=argparse.SUPPRESS)

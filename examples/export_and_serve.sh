@@ -16,7 +16,7 @@ tokenizer=(); [ -z "${TOKENIZER_MODEL:-}" ] || tokenizer=(--tokenizer_file "$TOK
 
 if [ ! -e "$SAVE_PATH" ]; then
     say "1. $POLICY_LOAD as a Hugging Face folder, adapters merged"
-    merge=(); [[ $({ PYTHONUNBUFFERED=1 "$PYTHON" checkpoint_split.py --inspect "$POLICY_LOAD" || true; } | head -n 1) != *adapters* ]] || merge=(--merge_lora)
+    merge=(); [[ $({ PYTHONUNBUFFERED=1 "$PYTHON" checkpoint_split.py --inspect "$POLICY_LOAD" || true; } | head -n 1) != *", adapters of rank "* ]] || merge=(--merge_lora)
     "$PYTHON" checkpoint_split.py --ckpt_file "$POLICY_LOAD" --save_path "$SAVE_PATH" --format hf --dtype "${DTYPE:-bf16}" "${merge[@]}" "${tokenizer[@]}"
 fi
 

@@ -220,7 +220,9 @@ def test_two_nodes_by_torchrun_and_by_slurm(toys, scripts, tmp_path):
 
 
 def test_export_for_transformers(toys, scripts, tmp_path):
-    out = run("export_and_serve.sh", scripts, POLICY_LOAD=toys / "llama", SAVE_PATH=tmp_path / "hf", DTYPE="fp32")
+    """Of a model without adapters, too, whose folder has them in its name: it was to be merged, and that was refused."""
+    (tmp_path / "no-adapters").symlink_to(toys / "llama")
+    out = run("export_and_serve.sh", scripts, POLICY_LOAD=tmp_path / "no-adapters", SAVE_PATH=tmp_path / "hf", DTYPE="fp32")
     assert {"config.json", "model.safetensors"} <= files(tmp_path / "hf") and "M weights, torch.float32" in out and "vllm serve" in out
 
 
