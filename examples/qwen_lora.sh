@@ -13,7 +13,7 @@
 #   MODEL_SIZE, NPROC      solver_train   ppo_train (grpo)
 #   7B, 1                     17.257 GB          31.917 GB
 #   7B, 2                      9.062 GB          16.117 GB
-#   14B, 4                     9.686 GB          16.534 GB
+#   14B, 4                     9.683 GB          16.534 GB
 #   72B, 8                    23.718 GB          38.610 GB
 #
 # Variables besides those in common.sh: MODEL_SIZE (0.5B to 72B of Qwen2.5), MODEL (any other preset of that kind, such as qwen3-8b), POLICY_LOAD (a
