@@ -403,16 +403,31 @@ def main(
                            run={"identity": run, "folders": folders})
         with roles.using(actor, trainer=actor_trainer):
             save_model(actor, os.path.join(actor_save_dir, f"step-{step}"), companions=companions, trainer=actor_trainer, step=step, run=run_state)
+        remove_old()
+        run_log.write(f"saved {os.path.join(actor_save_dir, f'step-{step}')}")
+
+    def remove_old():
         for folder in save_dirs:
             store.keep_newest(folder, keep_last, {best["step"]})
-        run_log.write(f"saved {os.path.join(actor_save_dir, f'step-{step}')}")
+
+    def evaluate_if_due(step):
+        """After the save: a run that is killed here has lost nothing, and comes back to it."""
+        if not test_problems or step < iterations and (eval_steps < 1 or step % eval_steps):
+            return
+        earlier = run_log.find("evaluation", step) if step == start else None
+        accuracy = earlier["accuracy"] if earlier else evaluate_actor(step)
+        if accuracy > best["accuracy"] and (step in (start, iterations) or save_steps > 0 and step % save_steps == 0):      # it was saved
+            best.update(accuracy=accuracy, step=step)
+            remove_old()
 
     trainers = {"actor": actor_trainer, **({"critic": critic_trainer} if critic_trainer else {})}
     invariants.start(roles.all(), trainers, tokenizer, fitting, step=start, max_seq_len=longest, chat=use_chat_template, temperature=temperature, doctor=doctor,
                      using=roles.using)
     interrupt = Interrupt()
     memory.start()
-    if test_problems and not start:
+    if start:
+        evaluate_if_due(start)
+    elif test_problems:
         evaluate_actor(0)
     for iteration in range(start, iterations):
         clock, step = Clock(), iteration + 1
@@ -459,10 +474,6 @@ def main(
             for example in examples:
                 run_log.write(f"  score {example['score']:.3f}: {example['prompt']!r} -> {example['response']!r}")
         last = step == iterations
-        if test_problems and (last or eval_steps > 0 and step % eval_steps == 0):
-            accuracy = evaluate_actor(step)
-            if accuracy > best["accuracy"] and (last or save_steps > 0 and step % save_steps == 0):
-                best = {"accuracy": accuracy, "step": step}
         if check_steps > 0 and step % check_steps == 0:
             invariants.running(roles.all(), trainers, step=step, grad_norm=statistics.get("actor_grad_norm"), texts=rollout.tokens)
         asked = not last and interrupt.asked()
@@ -470,6 +481,7 @@ def main(
             save(step)
         if asked:
             interrupt.leave(run_log)
+        evaluate_if_due(step)
     if start < iterations:      # else nothing was done
         report_memory(run_log, memory, lambda: plan_ppo(cli.resolved, models=roles.all(), prompts=[len(p.tokens) for p in fitting]))
     run_log.close(report=write_report)

@@ -223,8 +223,9 @@ def main(
         run_log.resumed(step)
         run_log.write(f"continuing {start}, after step {step}")
     invariants.start({"model": model}, {"model": trainer}, tokenizer, examples, step=step, max_seq_len=max_seq_len, chat=use_chat_template, doctor=doctor)
-    if problems and not step:
-        evaluate_policy(0)
+    ended = step == total_steps or os.path.basename(start).startswith("epoch-")
+    if problems and (not step or ended and run_log.find("evaluation", step) is None):     # killed in it
+        evaluate_policy(earlier.get("epoch", 0))
     for epoch in range(epochs):
         n_batches = epoch_of_micro_batches(epoch)
         first, seen = seen, seen + len(n_batches)       # step numbers of this epoch
@@ -258,9 +259,9 @@ def main(
         finished_epoch = step == seen
         run_log.write(f"epoch {epoch + 1}: average loss {of_epoch.loss:.4f}, perplexity {of_epoch.perplexity:.3f} over {of_epoch.n_loss_tokens} tokens")
         run_log.record("epoch", step=step, epoch=epoch + 1, loss=of_epoch.loss, perplexity=of_epoch.perplexity)
-        if problems:        # before the save: a run that is killed here comes back to it
-            evaluate_policy(epoch + 1)
         save(f"epoch-{epoch + 1}" if finished_epoch else f"step-{step}", epoch + 1 if finished_epoch else epoch)
+        if problems:        # after the save: a run that is killed here has lost nothing, and comes back to it
+            evaluate_policy(epoch + 1)
         if step >= total_steps:
             break
     micro = [indices for epoch in range(epochs) for step_batches in epoch_of_micro_batches(epoch) for indices in step_batches][:total_steps * accumulation_steps]

@@ -231,6 +231,14 @@ def main(
                    run={"identity": run, "since": since.state(), "of_epoch": of_epoch.state(), "judged": totals})
         run_log.write(f"saved {os.path.join(save_dir, name)}")
 
+    def evaluate_held(epoch):
+        assert model.score is not None
+        started = time.perf_counter()
+        metrics = evaluate_verifier(model, held, model.score)
+        run_log.write(show_verifier(metrics))
+        run_log.record("evaluation", step=step, epoch=epoch, **metrics, seconds=time.perf_counter() - started)
+        run_log.record("scored", step=step, responses=scored_responses(model, tokenizer, held, model.score))
+
     of_epoch, seen, interrupt = Average(), 0, Interrupt()
     memory.start()
     if start:
@@ -240,6 +248,9 @@ def main(
         run_log.resumed(step)
         run_log.write(f"continuing {start}, after step {step}")
     invariants.start({"model": model}, {"model": trainer}, tokenizer, examples, step=step, max_seq_len=max_seq_len, chat=use_chat_template, doctor=doctor)
+    ended = step == total_steps or os.path.basename(start).startswith("epoch-")
+    if held and ended and run_log.find("scored", step) is None:      # killed in it
+        evaluate_held(earlier["epoch"])
     for epoch in range(epochs):
         steps = epoch_of_micro_batches(epoch)
         first, seen = seen, seen + len(steps)       # step numbers of this epoch
@@ -277,13 +288,9 @@ def main(
         run_log.write(f"epoch {epoch + 1}: average loss {of_epoch.loss:.4f}")
         run_log.record("epoch", step=step, epoch=epoch + 1, loss=of_epoch.loss)
         model.score = measure_score(model, examples, loss)
-        if held:            # before the save: a run that is killed here comes back to it
-            started = time.perf_counter()
-            metrics = evaluate_verifier(model, held, model.score)
-            run_log.write(show_verifier(metrics))
-            run_log.record("evaluation", step=step, epoch=epoch + 1, **metrics, seconds=time.perf_counter() - started)
-            run_log.record("scored", step=step, responses=scored_responses(model, tokenizer, held, model.score))
         save(f"epoch-{epoch + 1}" if finished_epoch else f"step-{step}", epoch + 1 if finished_epoch else epoch)
+        if held:            # after the save: a run that is killed here has lost nothing, and comes back to it
+            evaluate_held(epoch + 1)
         if step >= total_steps:
             break
     micro = [indices for epoch in range(epochs) for step_batches in epoch_of_micro_batches(epoch) for indices in step_batches][:total_steps * accumulation_steps]

@@ -71,13 +71,18 @@ def read_run(path: str, name: str) -> Run:
         found = [(int(match[1]), file) for file in os.listdir(folder) if (match := re.fullmatch(r"samples-(\d+)\.jsonl", file))]
         unit = "iteration" if about["script"] == "ppo_train.py" else "step"
         return Run(name, folder, about["script"], about["arguments"], about["environment"], about.get("given"), about["started"],
-                   records_that_count(_read_lines(os.path.join(folder, "metrics.jsonl"))),
+                   records_of(folder),
                    [(f"{unit} {step}", _read_lines(os.path.join(folder, file))) for step, file in sorted(found)])
     about = _read_json(os.path.join(folder, "metrics.json"))
     metrics = {key: value for key, value in about.items() if key not in ("arguments", "environment", "given")}
     samples = os.path.join(folder, "samples.jsonl")
     return Run(name, folder, "solver_evaluate.py", about["arguments"], about["environment"], about.get("given"), records=[{"kind": "evaluation", **metrics}],
                answers=[("", _read_lines(samples))] if os.path.isfile(samples) else [])
+
+
+def records_of(folder: str) -> list[dict]:
+    """Of a log_dir, those that count."""
+    return records_that_count(_read_lines(os.path.join(folder, "metrics.jsonl")))
 
 
 def records_that_count(lines: list[dict]) -> list[dict]:

@@ -137,6 +137,15 @@ class RunLog:
         if self._tracker is not None and "step" in values:
             self._tracker[0](numbers_of({key: value for key, value in values.items() if key != "step"}, kind), values["step"])
 
+    def find(self, kind: str, step: int) -> dict | None:
+        """Collective: the record of this kind and step that metrics.jsonl holds of this run; None where it has none, or is damaged."""
+        from llama_rlhf.report import records_of
+        found = None
+        with contextlib.suppress(ValueError):
+            if groups.is_main():
+                found = next((record for record in records_of(self.log_dir) if record["kind"] == kind and record.get("step") == step), None)
+        return groups.broadcast_object(found)
+
     def write(self, text: str) -> None:
         """Print above the progress line; where that goes to a file, on a line after it."""
         if self._bar is not None:

@@ -2,15 +2,19 @@
 
 import json
 import math
+import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from ranks import run_ranks, run_script
 from toys import add_bytes_tokenizer, logits_of, make_hf
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROMPTS = [{"instruction": f"{a}+{b}?", "output": f"#### {a + b}"} for a in range(5) for b in range(4)]
 SHORT = dict(max_buffer_size=8, minibatch_size=4, max_batch_size=4, max_new_tokens=8, dtype="fp32", max_iterations=2, actor_lr=1e-4, critic_lr=1e-3,
              reward_function="", critic_warmup=0)
@@ -189,6 +193,30 @@ def test_lora_run_continues_and_evaluates(toy, tmp_path):
     assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.name.startswith("step")) in (["step-2"], ["step-1", "step-2"])
     ok(run_script(1, "solver_evaluate.py", ckpt_dir=tmp_path / "run", log_dir=tmp_path / "eval", label_file=toy / "prompts.json", max_new_tokens=4,
                   dtype="fp32"))
+
+
+@pytest.mark.parametrize("dies_at", [1, 2, 3])
+def test_a_run_killed_in_an_evaluation_has_lost_nothing_and_knows_its_best_save(dies_at, toy, tmp_path):
+    """kill -9 where an evaluation begins: its iteration is saved, the next start evaluates, once, and the best save is kept as in an undisturbed run."""
+    flags = dict(max_iterations=3, epochs=2, save_steps=1, eval_steps=1, keep_last=1, algorithm="rloo", label_file=toy / "prompts.json", device="cpu", write_report="false")
+    arguments = {**SHORT, "actor_ckpt_dir": toy / "hf", "actor_save_dir": tmp_path / "run", "train_file": toy / "prompts.json", **flags}
+    program = f"""import os, sys, runpy, llama_rlhf.evaluation as module
+real = module.evaluate
+def evaluate(*args, samples_file, **kwargs):
+    step = int(samples_file.rpartition("-")[2].split(".")[0])
+    if step == DIES:
+        os.kill(os.getpid(), 9)
+    return {{**real(*args, samples_file=samples_file, **kwargs), "accuracy": [0.0, 0.3, 0.9, 0.5][step]}}
+module.evaluate = evaluate
+sys.argv = ["ppo_train.py", *{[f"--{key}={value}" for key, value in arguments.items()]!r}]
+runpy.run_path("ppo_train.py", run_name="__main__")"""
+    for dies, code in ((dies_at, -9), (-1, 0), (-1, 0)):
+        ended = subprocess.run([sys.executable, "-c", program.replace("DIES", str(dies))], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == code, ended.stderr
+        saves = sorted(p.name for p in (tmp_path / "run").glob("step-*"))
+        assert saves == (["step-2", "step-3"] if not code or dies_at == 3 else [f"step-{n}" for n in range(max(1, dies_at - 1), dies_at + 1)]), saves
+    evaluated = [json.loads(line) for line in open(tmp_path / "run/log/metrics.jsonl")]
+    assert [line["step"] for line in evaluated if line["kind"] == "evaluation"] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("lora_rank,n", [(-1, 1), (2, 2)])
