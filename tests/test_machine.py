@@ -32,6 +32,7 @@ MEMORY_V1, CPU_V1, UNBOUNDED_V1 = "sys/fs/cgroup/memory", "sys/fs/cgroup/cpu", "
           f"{MEMORY_V1}/job/memory.limit_in_bytes": "8000\n", f"{MEMORY_V1}/job/memory.usage_in_bytes": "3000\n",
           f"{MEMORY_V1}/job/memory.stat": "inactive_file 1\ntotal_inactive_file 200\n"}, 5200),
     ("nonsense::\n", {}, 48_000_000 * 1024),
+    ("no colons\n\n1:memory\n" + V2, {"sys/fs/cgroup/job/memory.max": "4000\n", "sys/fs/cgroup/job/memory.current": "1000\n"}, 3000),   # a line of another shape
 ])
 def test_memory_is_what_the_tightest_group_leaves(tmp_path, cgroup, files, expected):
     assert machine.available_memory(system(tmp_path, cgroup, files)) == expected
@@ -52,3 +53,14 @@ def test_cores_are_what_the_tightest_quota_gives(tmp_path, monkeypatch, cgroup, 
 def test_a_system_that_says_nothing_bounds_nothing(tmp_path):
     assert machine.available_memory(str(tmp_path)) == 1 << 62
     assert machine.cores(str(tmp_path)) >= 1
+
+
+def test_the_name_of_a_group_may_be_any_bytes(tmp_path):
+    system(tmp_path, "", {})
+    (tmp_path / "proc/self/cgroup").write_bytes(b"0::/caf\xe9\n")
+    folder = os.fsencode(tmp_path) + b"/sys/fs/cgroup/caf\xe9"
+    os.makedirs(folder)
+    for name, text in ((b"memory.max", b"4000"), (b"memory.current", b"1000")):
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(text)
+    assert machine.available_memory(str(tmp_path)) == 3000

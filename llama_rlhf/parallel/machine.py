@@ -42,11 +42,10 @@ def available_memory(root: str = "/") -> int:
 def _groups(controller: str, root: str) -> Iterator[tuple[Path, int]]:
     """The folders of this process's control groups and of those above them, with the interface's version (1 or 2)."""
     try:
-        lines = (Path(root) / "proc/self/cgroup").read_text().splitlines()
+        lines = (Path(root) / "proc/self/cgroup").read_text(errors="surrogateescape").splitlines()
     except OSError:         # not Linux
         return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
         if controllers and controller not in controllers.split(","):
             continue
         top = Path(root) / "sys/fs/cgroup" / (controller if controllers else "")
