@@ -315,3 +315,45 @@ def test_no_save_is_removed_that_is_not_computed_again(world_of_one, tmp_path, c
         _flip(folders[1] / "step-2" / file)
         assert _start(*folders) == (["", ""], ["step-2.alone"], ["step-2.corrupt"])
     assert "is moved aside as" in capsys.readouterr().out
+
+
+def test_only_what_a_cut_off_save_or_removal_left_is_cleared(world_of_one, tmp_path):
+    """An export that is being written beside the saves is not the run's."""
+    _save(tmp_path, 1, [tmp_path])
+    for name in (".tmp-step-2", ".tmp-epoch-1", ".tmp-removed-step-1", ".tmp-merged"):
+        (tmp_path / name).mkdir()
+    assert _start(tmp_path) == (["step-1"], [".tmp-merged", "step-1"])
+
+
+def test_the_folder_of_the_model_is_no_place_for_saves(world_of_one, tmp_path):
+    """The same path would then stand for the model, when the run begins, and for its newest save, when it is continued."""
+    from llama_rlhf.checkpoint import store
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "sft").mkdir()
+    for folder in (tmp_path, tmp_path / "link"):
+        with pytest.raises(ValueError, match="holds the model to start from.*Save in another folder"):
+            store.find_start([str(folder)], {**RUN, "started_from": {"model": str(tmp_path), "critic": ""}}, "auto")
+    assert store.find_start([str(tmp_path / "sft")], {**RUN, "started_from": {"model": str(tmp_path), "critic": ""}}, "auto") == ([""], {})
+
+
+@pytest.mark.parametrize("code,ok", [("EINVAL", True), ("ENOTSUP", True), ("EIO", False)])
+def test_a_file_system_that_flushes_no_folders_can_be_saved_to(code, ok, world_of_one, tmp_path, monkeypatch):
+    """fsync of a folder is refused by some network file systems; a disk that fails in it is another matter."""
+    import errno
+    import stat
+
+    from llama_rlhf.checkpoint import store
+    flush = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+        flush(descriptor)
+    monkeypatch.setattr(os, "fsync", fsync)
+    save = lambda: store.publish(str(tmp_path / "step-1"), lambda folder: {"a.json": store.write_json(os.path.join(folder, "a.json"), 1)}, {"step": 1}, n_bytes=9)  # noqa: E731
+    if ok:
+        save()
+    else:
+        with pytest.raises(ValueError, match="could not be saved: Input/output error"):
+            save()
+    assert os.listdir(tmp_path) == ["step-1"] * ok

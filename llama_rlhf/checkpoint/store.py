@@ -7,6 +7,7 @@ the parent fsynced. Assumes a file system where rename is atomic (local disks, N
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -22,6 +23,7 @@ from llama_rlhf.checkpoint.formats import TENSOR_SUFFIXES, CheckpointError, not_
 from llama_rlhf.parallel import groups
 
 _SAVE = re.compile(r"(?:epoch|step)-\d+")
+_LEFT = re.compile(rf"\.tmp-(?:removed-)?{_SAVE.pattern}")      # of a save, or a removal, that was cut off
 
 
 def check_writable(folder: str) -> None:
@@ -246,6 +248,10 @@ def find_start(save_dirs: list[str], run: dict, resume: str) -> tuple[list[str],
         raise ValueError(f"--resume {resume!r}: use auto or never")
     while True:
         with groups.together("looking for earlier saves"):
+            for folder in save_dirs:
+                if os.path.realpath(folder) in map(os.path.realpath, filter(None, run.get("started_from", {}).values())):
+                    raise ValueError(f"{folder} holds the model to start from: with saves in it nobody could tell which of them is meant. Save in another folder, such as "
+                                     f"{os.path.join(folder, 'trained')}.")
             saves = [complete_saves(folder) for folder in save_dirs]
             names = [name for folder in save_dirs for name in existing_saves(folder)]
             if names and resume == "never":
@@ -283,7 +289,7 @@ def find_start(save_dirs: list[str], run: dict, resume: str) -> tuple[list[str],
                     os.rename(path, _aside(path, suffix)) if suffix else _remove(path)
                 for folder in save_dirs if not damaged else ():
                     for name in os.listdir(folder):
-                        if name.startswith(".tmp-"):
+                        if _LEFT.fullmatch(name):
                             _delete(os.path.join(folder, name))
         if not damaged:
             before = _brief(paths[0]).get("run", {}).get("identity", {}).get("tensor_parallel") if paths else None
@@ -362,5 +368,8 @@ def _fsync_folder(folder: str) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS):      # some network file systems flush files only
+            raise
     finally:
         os.close(descriptor)
