@@ -88,9 +88,9 @@ def _texts_digest(texts) -> str:
 
 
 def fingerprint(examples) -> str:
-    """Of the training data: tokens, labels, pairs. Of more than two thousand examples every n-th is looked at."""
+    """Of the training data: tokens, labels, pairs; all of them, at 20 seconds for a million."""
     digest = hashlib.blake2b(digest_size=8)
-    for example in examples[:: max(1, len(examples) // 1000)]:
+    for example in examples:
         digest.update(repr(example).encode())
     return f"{len(examples)} examples with digest {digest.hexdigest()}"
 

@@ -357,3 +357,11 @@ def test_a_file_system_that_flushes_no_folders_can_be_saved_to(code, ok, world_o
         with pytest.raises(ValueError, match="could not be saved: Input/output error"):
             save()
     assert os.listdir(tmp_path) == ["step-1"] * ok
+
+
+def test_any_edited_record_makes_other_training_data():
+    """Of data of the size of GSM8K too; beside the flags nothing else tells a continued run that a file was edited."""
+    from llama_rlhf import invariants
+    from llama_rlhf.data import Example
+    fingerprints = {invariants.fingerprint([Example([1, 2, 3 + (n == edited)], 1, n) for n in range(7473)]) for edited in (-1, 0, 1, 2, 3, 5000, 7472)}
+    assert len(fingerprints) == 7
