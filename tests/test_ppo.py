@@ -274,6 +274,23 @@ def test_a_saved_rollout_replays_to_the_same_update(toy, tmp_path):
     assert "is not a rollout" in sentence(ppo(toy, tmp_path / "third", replay=tmp_path / "noise.pt", **flags))
 
 
+def test_a_continued_run_says_that_its_reward_function_changed_and_refuses_another_model_in_the_old_place(toy, tmp_path):
+    shutil.copy(toy / "rewards.py", tmp_path / "rewards.py")
+    run_ranks(1, save_reward_model, str(toy / "hf"), str(tmp_path / "reward"), None)
+    flags = dict(max_iterations=2, save_steps=1, keep_last=-1, reward_function=f"{tmp_path / 'rewards.py'}:equal", reward_model_ckpt_dir=tmp_path / "reward")
+    ok(ppo(toy, tmp_path / "run", **flags))
+    shutil.rmtree(tmp_path / "run/step-2")
+    shutil.copytree(tmp_path / "run", tmp_path / "same")
+    assert "has changed" not in ok(ppo(toy, tmp_path / "same", **flags))
+    shutil.copytree(tmp_path / "run", tmp_path / "edited")
+    with open(tmp_path / "rewards.py", "a") as file:
+        file.write("def more(prompt, response, label):\n    return 2.0\n")
+    assert f"the file of --reward_function has changed since {tmp_path / 'edited/step-1'} was saved" in ok(ppo(toy, tmp_path / "edited", **flags))
+    shutil.rmtree(tmp_path / "reward")
+    run_ranks(1, save_reward_model, str(toy / "hf"), str(tmp_path / "reward"), (2, 4.0))
+    assert "run with other settings: what the checkpoints held" in sentence(ppo(toy, tmp_path / "run", **flags))
+
+
 def test_faults_of_rewards_follow_the_stated_rule(toy, tmp_path):
     rewards = toy / "rewards.py"
     ok(ppo(toy, tmp_path / "nan", 2, model_parallel_size=1, reward_function=f"{rewards}:sometimes_nan", max_buffer_size=16, max_new_tokens=24))

@@ -219,9 +219,15 @@ _HARMLESS = {"resume", "log_dir", "timeout_seconds", "save_steps", "keep_last", 
 
 def identity(arguments: dict, dtype, data: str, **started_from: str) -> dict:
     """What must be the same for a run to be continued: flags, ranks, dtype, training data (`invariants.fingerprint`), and the checkpoints that paths
-    led to at the start."""
+    led to at the start, of ours with their manifests' seals. And the files of the user's own code, of which a change is told only: a mended reward may go on."""
+    code = {key: str(arguments.get(key) or "").rpartition(":")[0] if key == "reward_function" else str(arguments.get(key) or "") for key in ("reward_function", "task")}
     return {"arguments": dict(arguments), "tensor_parallel": groups.tp_size(), "data_parallel": groups.dp_size(), "dtype": str(dtype), "training data": data,
-            "started_from": {role: os.path.abspath(path) if path else "" for role, path in started_from.items()}}
+            "started_from": {role: os.path.abspath(path) if path else "" for role, path in started_from.items()},
+            "what the checkpoints held": {role: _brief(path).get("sha256", "")[:12] if path else "" for role, path in started_from.items()},
+            "code": {key: seal(path)["sha256"] for key, path in code.items() if path.endswith(".py") and os.path.isfile(path)}}
+
+
+_COMPARED_APART = ("arguments", "tensor_parallel", "code")
 
 
 def _differences(now: dict, before: dict | None) -> list[str]:
@@ -230,7 +236,7 @@ def _differences(now: dict, before: dict | None) -> list[str]:
     shown = lambda value: '""' if value == "" else value        # noqa: E731
     changed = [f"--{key} {shown(value)} (was {shown(before['arguments'].get(key))})" for key, value in now["arguments"].items()
                if key not in _HARMLESS and value != before["arguments"].get(key)]
-    return changed or [f"{key} {now[key]} (was {before[key]})" for key in now if key not in ("arguments", "tensor_parallel") and now[key] != before.get(key, now[key])]
+    return changed or [f"{key} {now[key]} (was {before[key]})" for key in now if key not in _COMPARED_APART and now[key] != before.get(key, now[key])]
 
 
 def find_start(save_dirs: list[str], run: dict, resume: str) -> tuple[list[str], dict]:
@@ -292,10 +298,13 @@ def find_start(save_dirs: list[str], run: dict, resume: str) -> tuple[list[str],
                         if _LEFT.fullmatch(name):
                             _delete(os.path.join(folder, name))
         if not damaged:
-            before = _brief(paths[0]).get("run", {}).get("identity", {}).get("tensor_parallel") if paths else None
-            if before not in (None, run["tensor_parallel"]):
-                groups.log(f"note: {paths[0]} was saved by {before} tensor-parallel ranks, here are {run['tensor_parallel']}. The run continues from the same weights "
-                           "and optimizer state, but its sums are rounded in another order: not to the bits of an undisturbed run.")
+            before = _brief(paths[0]).get("run", {}).get("identity", {}) if paths else {}
+            if before.get("tensor_parallel") not in (None, run["tensor_parallel"]):
+                groups.log(f"note: {paths[0]} was saved by {before['tensor_parallel']} tensor-parallel ranks, here are {run['tensor_parallel']}. The run continues from the same "
+                           "weights and optimizer state, but its sums are rounded in another order: not to the bits of an undisturbed run.")
+            for flag, digest in before.get("code", {}).items():
+                if run.get("code", {}).get(flag) != digest:
+                    groups.log(f"note: the file of --{flag} has changed since {paths[0]} was saved. The run continues with what it says now.")
             return (paths, _brief(paths[0])) if paths else ([""] * len(save_dirs), {})
 
 
