@@ -365,3 +365,59 @@ def test_any_edited_record_makes_other_training_data():
     from llama_rlhf.data import Example
     fingerprints = {invariants.fingerprint([Example([1, 2, 3 + (n == edited)], 1, n) for n in range(7473)]) for edited in (-1, 0, 1, 2, 3, 5000, 7472)}
     assert len(fingerprints) == 7
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "a.json"])
+def test_a_save_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(file, world_of_one, tmp_path, monkeypatch):
+    """A file server that is away for a moment: the run ends, with everything in its place, and the next start continues from the newest save."""
+    import builtins
+    import errno
+    for step in (1, 2):
+        _save(tmp_path, step, [tmp_path])
+    real = open
+
+    def stale(path, *args, **kwargs):
+        if str(path).endswith(f"step-2/{file}"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(path, *args, **kwargs)
+    with monkeypatch.context() as patched:
+        patched.setattr(builtins, "open", stale)
+        refusal, held = _start(tmp_path)
+    assert "Stale file handle" in refusal and file in refusal and held == ["step-1", "step-2"], (refusal, held)
+    assert _start(tmp_path) == (["step-2"], ["step-1", "step-2"])
+
+
+def _stale_on_one(folder):
+    """Rank 1 alone cannot read its share of the files."""
+    from llama_rlhf.checkpoint import store
+    from llama_rlhf.parallel import groups
+    groups.initialize(device="cpu")
+    sha256 = store._sha256
+
+    def fails(file):
+        if groups.rank() == 1:
+            raise OSError(5, "Input/output error")
+        return sha256(file)
+    store._sha256 = fails
+    return _start(folder)
+
+
+def test_all_ranks_end_where_one_cannot_read_the_save(tmp_path):
+    from llama_rlhf.checkpoint import store
+    from llama_rlhf.checkpoint.convert import FORMAT, seal
+    path = _save(tmp_path, 1, [tmp_path])
+    content = {"format": FORMAT, "config": {}, "step": 1, "run": {"identity": RUN, "folders": [str(tmp_path)]},
+               "files": {name: store.write_json(os.path.join(path, name), 1) for name in ("a.json", "b.json")}}
+    store.write_json(os.path.join(path, "manifest.json"), {**content, "sha256": seal(content)})
+    for refusal, held in run_ranks(2, _stale_on_one, tmp_path):
+        assert "is the save to continue from" in refusal and "Input/output error" in refusal and held == ["step-1"], refusal
+
+
+def test_a_save_that_was_moved_and_linked_to_is_left_where_it_is(world_of_one, tmp_path):
+    from llama_rlhf.checkpoint import store
+    _save(tmp_path / "archive", 1, [])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/step-1").symlink_to(tmp_path / "archive/step-1")
+    _save(tmp_path / "run", 2, [])
+    store.keep_newest(str(tmp_path / "run"), 1, set())
+    assert os.listdir(tmp_path / "run") == ["step-2"] and os.path.exists(tmp_path / "archive/step-1/manifest.json")

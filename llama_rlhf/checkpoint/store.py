@@ -279,6 +279,9 @@ def find_start(save_dirs: list[str], run: dict, resume: str) -> tuple[list[str],
             try:
                 verify(path)
             except ValueError as error:
+                if any(groups.gather_objects(_may_pass(error))):
+                    raise CheckpointError(f"{path} is the save to continue from, but {error}. Nothing was changed. Try again, or move it away to continue from the one "
+                                          "before.") from error
                 groups.log(f"warning: {error}")
                 damaged = [path]
                 break
@@ -335,12 +338,21 @@ def _aside(path: str, suffix: str) -> str:
 
 
 def _brief(path: str) -> dict:
-    """The manifest of a save, its files unseen; {} when it cannot be read or is corrupt."""
+    """The manifest of a save, its files unseen; {} when there is none or it is corrupt."""
     try:
         manifest = read_json(os.path.join(path, MANIFEST))
         return manifest if intact(manifest) else {}
-    except (FileNotFoundError, CheckpointError):
+    except FileNotFoundError:
         return {}
+    except CheckpointError as error:
+        if _may_pass(error):
+            raise
+        return {}
+
+
+def _may_pass(error: ValueError) -> bool:
+    """Whether a file could not be read, which says nothing against what is in it: a server that is away, a right that is missing."""
+    return isinstance(error.__cause__, (OSError, MemoryError)) and not isinstance(error.__cause__, FileNotFoundError)
 
 
 def complete_saves(folder: str) -> dict[int, str]:
@@ -369,7 +381,7 @@ def _remove(path: str) -> None:
 
 def _delete(path: str) -> None:
     shutil.rmtree(path, ignore_errors=True)
-    if os.path.lexists(path) and not os.path.isdir(path):
+    if os.path.lexists(path) and (os.path.islink(path) or not os.path.isdir(path)):
         os.remove(path)
 
 
