@@ -106,12 +106,12 @@ def _read_json(path: str) -> dict:
 
 
 def _read_lines(path: str) -> list[dict]:
-    with open(path, encoding="utf-8") as file:
-        lines = file.read().split("\n")
+    with open(path, "rb") as file:
+        lines = file.read().split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows += [json.loads(line)] if line else []
+            rows += [json.loads(line.decode())] if line else []
         except ValueError as error:
             if number == len(lines):        # no newline at its end: the run was killed while it wrote it
                 break

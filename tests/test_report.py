@@ -178,6 +178,15 @@ def test_a_line_that_was_cut_off_is_not_written_on(tmp_path, world_of_one):
     assert [(r["step"], r["loss"]) for r in report.read_run(str(tmp_path), "run").of("train")] == [(10, 1.0), (20, 2.0)]
 
 
+def test_a_file_that_ends_within_a_letter_is_read_up_to_its_last_line(tmp_path, world_of_one):
+    """Samples hold letters of several bytes; a run that is killed may have written some of them."""
+    log = RunLog(str(tmp_path), total=1)
+    log.record("evaluation", step=1, accuracy=0.5)
+    log.close()
+    (tmp_path / "samples-1.jsonl").write_bytes('{"prompt": "é"}\n{"prompt": "é'.encode()[:-1])
+    assert report.read_run(str(tmp_path), "run").answers == [("step 1", [{"prompt": "é"}])]
+
+
 def test_a_run_that_has_recorded_nothing_yet_has_a_page(tmp_path):
     for records in ([], [{"kind": "resumed", "step": 3}]):
         out = report.write([str(write_run(tmp_path / str(len(records)), "solver_train.py", records))], str(tmp_path / "page.html"))
