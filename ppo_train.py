@@ -307,8 +307,7 @@ def main(
     save_dirs = [actor_save_dir, *((critic_save_dir,) if row.uses_critic else ())]
     for folder in [*save_dirs, log_dir]:
         store.check_writable(folder)
-    for folder in save_dirs:
-        store.claim(folder)
+    store.claim(*save_dirs, log_dir)
     run = store.identity(cli.resolved, groups.default_dtype(dtype), invariants.fingerprint(prompts), actor=actor_ckpt_dir, critic=critic_ckpt_dir, reward=reward_model_ckpt_dir)
     starts, earlier = store.find_start(save_dirs, run, resume)
     start, state = earlier.get("step", 0), earlier.get("run", {})

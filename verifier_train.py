@@ -180,7 +180,7 @@ def main(
     log_dir = log_dir or os.path.join(save_dir, "log")
     store.check_writable(save_dir)
     store.check_writable(log_dir)
-    store.claim(save_dir)
+    store.claim(save_dir, log_dir)
     run = store.identity(cli.resolved, groups.default_dtype(dtype), invariants.fingerprint(examples), model=ckpt_dir)
     (start,), earlier = store.find_start([save_dir], run, resume)
     memory = PeakMemory()

@@ -245,6 +245,8 @@ def test_sigterm_saves_and_the_same_command_continues(toy, tmp_path):
         if "step 2/" in line:
             other = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             assert other.returncode == 1 and "another run is saving" in other.stderr.splitlines()[0]
+            other = subprocess.run([*command[:-1], f"--save_dir={tmp_path / 'other'}", f"--log_dir={tmp_path / 'run/log'}"], cwd=ROOT, capture_output=True, text=True)
+            assert other.returncode == 1 and f"another run is saving to {tmp_path / 'run/log'}" in other.stderr.splitlines()[0]        # two runs' numbers in one file
             process.send_signal(signal.SIGTERM)
             break
     rest = process.stdout.read()

@@ -55,13 +55,15 @@ def check_writable(folder: str) -> None:
                 os.remove(probe)
 
 
-_locks = []     # open files: a lock lasts as long as its process
+_locks = {}     # folder -> open file: a lock lasts as long as its process
 
 
-def claim(folder: str) -> None:
-    """Collective: refuse a folder that another running process on this host saves to. Released when the process ends, however it ends."""
-    with groups.together(f"claiming {folder}"):
-        if groups.is_main():
+def claim(*folders: str) -> None:
+    """Collective: refuse a folder that another running process on this host writes to. Released when the process ends, however it ends."""
+    with groups.together(f"claiming {' and '.join(folders)}"):
+        for folder in folders if groups.is_main() else ():
+            if (path := os.path.realpath(folder)) in _locks:
+                continue
             file = open(os.path.join(folder, ".lock"), "w")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,7 +71,7 @@ def claim(folder: str) -> None:
                 raise CheckpointError(f"another run is saving to {folder} right now. Wait for it, or choose another folder.") from None
             except OSError:
                 pass            # a file system without locks
-            _locks.append(file)
+            _locks[path] = file
 
 
 def publish(folder: str, write: Callable[[str], dict | None], manifest: dict | None, *, n_bytes: int) -> None:
