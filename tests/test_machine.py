@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 from llama_rlhf.parallel import machine
 
@@ -48,6 +49,20 @@ def test_memory_is_what_the_tightest_group_leaves(tmp_path, cgroup, files, expec
 def test_cores_are_what_the_tightest_quota_gives(tmp_path, monkeypatch, cgroup, files, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
     assert machine.cores(system(tmp_path, cgroup, files)) == (64 if expected is None else expected)
+
+
+@pytest.mark.parametrize("told, expected", [({}, 1), ({"LOCAL_WORLD_SIZE": "8", "SLURM_STEP_TASKS_PER_NODE": "1"}, 8), ({"OMPI_COMM_WORLD_LOCAL_SIZE": "3"}, 3),
+                                            ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, 4), ({"SLURM_STEP_TASKS_PER_NODE": "2,1"}, 2)])
+def test_cores_and_memory_are_divided_among_a_host_s_processes_whatever_started_them(monkeypatch, told, expected):
+    """Under srun and mpirun each of them took all cores, and all free memory for its own."""
+    from llama_rlhf.parallel import groups
+    for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(machine, "available_memory", lambda: 2400)
+    monkeypatch.setattr(groups, "_state", {"device": torch.device("cpu")})
+    assert groups.free_memory() == 2400 // expected
 
 
 def test_a_system_that_says_nothing_bounds_nothing(tmp_path):

@@ -37,7 +37,7 @@ def initialize(model_parallel_size: int = -1, *, timeout_seconds: float = 600.0,
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = next((int(os.environ[name]) for name in ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK") if name in os.environ), 0)
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_world = _local_world()
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"--device {device}: use auto, cpu or cuda")
     if not 0 < timeout_seconds <= 1e8:
@@ -45,12 +45,12 @@ def initialize(model_parallel_size: int = -1, *, timeout_seconds: float = 600.0,
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but torch sees no CUDA device. Use --device cpu, or install a CUDA build of torch.")
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if use_cuda and local_world > torch.cuda.device_count():
+    if use_cuda and "LOCAL_WORLD_SIZE" in os.environ and local_world > torch.cuda.device_count():     # of other launchers each process may see its own only
         raise ValueError(f"{local_world} processes on this node but {torch.cuda.device_count()} CUDA devices: "
                          f"run with --nproc_per_node {torch.cuda.device_count()}, or with --device cpu")
     if use_cuda:
-        torch.cuda.set_device(local_rank)
-        _state["device"] = torch.device("cuda", local_rank)
+        _state["device"] = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(_state["device"])
     else:
         _state["device"] = torch.device("cpu")
         # torch's matrix library keeps what it prepared for 1024 shapes, half a MB each, twice; packed tokens make new shapes at every step, and a step has
@@ -107,6 +107,12 @@ def initialize(model_parallel_size: int = -1, *, timeout_seconds: float = 600.0,
                 _state["shared_memory"] = None
 
 
+def _local_world() -> int:
+    """Processes of this run on this host, as the launcher tells: torchrun, mpirun or srun ("4(x2)": on each of two)."""
+    told = next((os.environ[name] for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE") if name in os.environ), "1")
+    return int(told.partition("(")[0].partition(",")[0])
+
+
 def keep_freed_memory(up_to: int = 256 << 20) -> None:
     """Let a CPU process reuse freed blocks of up to so many bytes instead of returning them: activations of megabytes come and go at every
     operation, and fetching fresh pages for each costs several times the arithmetic (RMSNorm of 900x576: 2.0 ms against 0.18 here).
@@ -144,7 +150,7 @@ def free_memory() -> int:
     """Bytes that this process may still take, its neighbours on this machine taking as much."""
     if device().type == "cuda":
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()     # what torch keeps for itself is free
-    return machine.available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return machine.available_memory() // _local_world()
 
 
 def shutdown() -> None:
