@@ -11,7 +11,7 @@ import os
 import shutil
 import textwrap
 
-from llama_rlhf.records import read_records
+from llama_rlhf.records import as_text, read_records
 from llama_rlhf.scoring import best_of_n, compare_paired
 
 
@@ -88,9 +88,8 @@ def _test(what: str, rule: str, pairs: list[tuple[dict, dict]]) -> str:
 def _side_by_side(was: dict, now: dict, rule: str) -> list[str]:
     columns = shutil.get_terminal_size((140, 24)).columns
     half = max(20, (columns - 3) // 2)
-    prompt = was["prompt"] if isinstance(was["prompt"], str) else "\n".join(f"{m['role']}: {m['content']}" for m in was["prompt"])
     cells = [[f"{'right' if _right(row, rule) else 'wrong'}, answer {row['answers'][rule]}" + ("" if row["finished"] else ", unfinished"),
               *itertools.chain.from_iterable(textwrap.wrap(line, half) or [""] for line in row["response"].splitlines())] for row in (was, now)]
     return [f"\n-- problem {was['id']}, became {'right' if _right(now, rule) else 'wrong'}; label {was['label']}",
-            *itertools.chain.from_iterable(textwrap.wrap(line, columns) for line in prompt.splitlines()),
+            *itertools.chain.from_iterable(textwrap.wrap(line, columns) for line in as_text(was["prompt"]).splitlines()),
             *(f"{left:{half}} | {right}".rstrip() for left, right in itertools.zip_longest(*cells, fillvalue=""))]

@@ -259,6 +259,11 @@ def answers_of(record, where, *, optional=False):
     return [answer for prompt, answer in turns if prompt == turns[-1][0]]
 
 
+def as_text(prompt):
+    """A prompt for people to read: of messages, one after the other behind their roles."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
 def is_empty(prompt):
     return not (prompt if isinstance(prompt, str) else prompt[-1]["content"]).strip()
 

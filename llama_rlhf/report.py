@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 from llama_rlhf.cli import sentence
 from llama_rlhf.curves import COLOURS, NOTES, PANELS, REST, as_svg, curves_of, series, write_png
+from llama_rlhf.records import as_text
 from llama_rlhf.scoring import compare_paired
 
 N_ITEMS = 3         # samples shown of each sort
@@ -68,10 +69,11 @@ def read_run(path: str, name: str) -> Run:
                                 + (f", such as {os.path.join(path, within[0])}; this folder holds {', '.join(within)}" if within else ""))
     if os.path.isfile(os.path.join(folder, "metrics.jsonl")):
         about = _read_json(os.path.join(folder, "run.json"))
-        found = [(int(match[1]), file) for file in os.listdir(folder) if (match := re.fullmatch(r"samples-(\d+)\.jsonl", file))]
+        records = records_of(folder)
+        evaluated = {record["step"] for record in records if record["kind"] == "evaluation"}       # files of other steps are of a run that was here before
+        found = [(int(match[1]), file) for file in os.listdir(folder) if (match := re.fullmatch(r"samples-(\d+)\.jsonl", file)) and int(match[1]) in evaluated]
         unit = "iteration" if about["script"] == "ppo_train.py" else "step"
-        return Run(name, folder, about["script"], about["arguments"], about["environment"], about.get("given"), about["started"],
-                   records_of(folder),
+        return Run(name, folder, about["script"], about["arguments"], about["environment"], about.get("given"), about["started"], records,
                    [(f"{unit} {step}", _read_lines(os.path.join(folder, file))) for step, file in sorted(found)])
     about = _read_json(os.path.join(folder, "metrics.json"))
     metrics = {key: value for key, value in about.items() if key not in ("arguments", "environment", "given")}
@@ -233,16 +235,22 @@ def table(runs: list[Run], which: str) -> list[tuple[str, list[str], bool, bool]
 
 
 def before_and_after(runs: list[Run]) -> list[dict]:
-    """Answers to the same problems side by side: first and last evaluation of a run; runs with one evaluation beside the first of them."""
+    """Answers to the same problems side by side: first and last evaluation of a run; runs with one evaluation beside the first of them, judged by its rule."""
     sets = [[(step if step and len(runs) == 1 else f"{run.name} {step}".strip(), rows) for step, rows in run.answers] for run in runs if run.answers]
-    single = [answers[0] for answers in sets if len(answers) == 1]
+    rules = [evaluation["rule"] for run in runs if len(run.answers) == 1 for evaluation in run.of("evaluation")[-1:]]
+    single = [(name, judged(rows, rules[0])) for answers in sets if len(answers) == 1 for name, rows in answers]
     pairs: list[Sequence] = [(answers[0], answers[-1]) for answers in sets if len(answers) > 1] + [(single[0], other) for other in single[1:]]
     return [compared for pair in pairs or [single[:1]] if (compared := compare(pair))]
 
 
+def judged(rows: list[dict], rule: str) -> list[dict]:
+    """Rows as this rule sees them, whichever was asked for; those that it was not applied to, of another task, are left out."""
+    return [{**row, "correct": row["correct_by_rule"][rule]} for row in rows if rule in row["correct_by_rule"]]
+
+
 def compare(named: Sequence[tuple[str, list[dict]]]) -> dict | None:
     """First answers to the problems that all have, some of each fate; None where they have none in common."""
-    columns = [{(row["id"], row["prompt"]): row for row in rows if row["sample"] == 0} for _, rows in named]
+    columns = [{(row["id"], as_text(row["prompt"])): row for row in rows if row["sample"] == 0} for _, rows in named]
     common = [[column[key] for column in columns] for key in columns[0] if all(key in column for column in columns)] if columns else []
     fates: dict[tuple, list] = {}
     for rows in common:
@@ -284,7 +292,7 @@ def write(paths: list[str], out: str) -> str:
                               trim_blocks=True, lstrip_blocks=True)
     page = environment.get_template("report.html").render(
         runs=runs, curves=svgs, notes=notes, scored=scored, lines=[line for line in lines if any(line[2])], samples=before_and_after(runs), number=number,
-        duration=duration, headline=headline(runs), headlines=headlines, wall_seconds=wall_seconds, phases=seconds_by_phase, colours=colours_of_phases(runs),
+        as_text=as_text, duration=duration, headline=headline(runs), headlines=headlines, wall_seconds=wall_seconds, phases=seconds_by_phase, colours=colours_of_phases(runs),
         memory=memory, planned=planned, size=size, shown_ratio=SHOWN_RATIO, settings=table(runs, "settings"), environments=table(runs, "environment"),
         drawn_samples=[(run, run.of("samples")[:: max(1, len(run.of("samples")) - 1)]) for run in runs if run.of("samples")])
     os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)

@@ -46,7 +46,8 @@ def hostile(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("hostile")
     ppo = write_run(tmp_path / "<b>ppo" / "log", records=[*(iteration(step) for step in range(1, 5)), {"kind": "memory", "planned_bytes": 2e9, "besides_bytes": 5e8, "peak_bytes": 1e9,
                     "planned": {"actor": {"weights": 1.5e9, "optimizer": 5e8, "peak": 0}, "shared": 1e8}},
-                    *({"kind": "samples", "step": s, "samples": [{"prompt": HOSTILE, "response": HOSTILE, "score": 1.0, "correct": None}]} for s in (1, 4))],
+                    *({"kind": "samples", "step": s, "samples": [{"prompt": HOSTILE, "response": HOSTILE, "score": 1.0, "correct": None}]} for s in (1, 4)),
+                    *({"kind": "evaluation", "step": s, "rule": "D"} for s in (0, 4))],
                     system_prompt=HOSTILE, lr=1e-5)
     samples(ppo, 0, [False, True, False, True])
     samples(ppo, 4, [True, False, True, True])
@@ -165,6 +166,31 @@ def test_curves_of_the_arithmetic_example_are_of_the_records_that_count(tmp_path
     done = subprocess.run([sys.executable, curves, tmp_path / "run"], capture_output=True, text=True, cwd=tmp_path)
     rows = [line.split() for line in done.stdout.splitlines()[3:]]
     assert rows == [["1", "0.100", "5.0%", "-", "1.000", "9.0", "1.0"], ["2", "7.500", "-", "-", "1.000", "9.0", "1.0"]], done.stderr
+
+
+def test_samples_of_an_evaluation_that_does_not_count_are_not_shown(tmp_path):
+    """A run started anew in the folder of a longer one shows its own last evaluation, not the file that the other left."""
+    run = write_run(tmp_path / "run", "solver_train.py", [{"kind": "evaluation", "step": 9, "run": "2026-01-01T09:00:00+00:00", "rule": "D"},
+                                                          *({"kind": "evaluation", "step": step, "rule": "D"} for step in (0, 3))])
+    for step, correct in ((0, [False, False]), (3, [False, True]), (9, [True, True])):
+        samples(run, step, correct)
+    compared, = report.before_and_after([report.read_run(str(run), "run")])
+    assert compared["names"] == ["step 0", "step 3"] and compared["paired"]["gained"] == 1
+
+
+def test_evaluations_beside_each_other_are_judged_by_one_rule(tmp_path):
+    """The same answers under two headline rules are no difference; prompts of messages are shown and compared as well."""
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": HOSTILE}]
+    for rule in "AD":
+        os.makedirs(tmp_path / rule)
+        rows = [{"id": str(n), "sample": 0, "prompt": prompt, "response": "The answer is 2", "label": "2", "finished": True, "correct": rule == "D",
+                 "correct_by_rule": {"A": False, "D": True}} for n in range(9)]
+        (tmp_path / rule / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / rule / "metrics.json").write_text(json.dumps({"rule": rule, "arguments": {}, "environment": {}}))
+    for names, right in (("AD", "✗ wrong"), ("DA", "✓ right")):
+        page = Page(open(report.write([str(tmp_path / name) for name in names], str(tmp_path / "page.html")), encoding="utf-8").read()).text
+        assert "0 became right" in page and "0 became wrong" in page and page.count(right) == 2 * report.N_ITEMS
+        assert page.count("system: Be brief.\nuser: " + HOSTILE) == report.N_ITEMS
 
 
 def test_a_line_that_was_cut_off_is_not_written_on(tmp_path, world_of_one):
