@@ -14,8 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
 from llama_rlhf import generation
 from llama_rlhf.checkpoint import store
 from llama_rlhf.checkpoint.shards import load_model
@@ -48,14 +46,17 @@ class Response:
 
 def load(ckpt_dir: str, *, dtype: str = "auto", device: str = "auto", model_type: str = "", tokenizer_file: str = "", chat_format: str | None = None,
          model_parallel_size: int = -1, tokenizer=None) -> LanguageModel:
-    """Collective. A policy from any checkpoint that the scripts read, adapters merged; starts the process groups if nobody has.
+    """Collective. A policy from any checkpoint that the scripts read, adapters merged; starts the process groups if nobody has. All models of a process share those.
 
     dtype: auto (bf16 where the machine multiplies it fast, else fp32), fp32, bf16 or fp16.  device: auto, cpu or cuda.
     tokenizer_file: a folder or file, where it is not beside the weights.  tokenizer: one that is already there.
     ValueError when the tokenizer has ids that the model lacks, or the checkpoint is damaged or unknown.
     """
-    if not dist.is_initialized():
+    if not groups.started():
         groups.initialize(model_parallel_size, device=device)
+    elif device not in ("auto", groups.device().type) or model_parallel_size not in (-1, groups.tp_size()):
+        raise ValueError(f"device={device!r}, model_parallel_size={model_parallel_size}: this process has started on {groups.device().type} with {groups.tp_size()} "
+                         "tensor-parallel ranks, which hold for all its models. Leave the two out, or begin a new process.")
     with groups.together(f"looking for {ckpt_dir}"):
         path = store.find(ckpt_dir)
     tokenizer = tokenizer or load_tokenizer(tokenizer_file or path, chat_format=chat_format)
@@ -67,7 +68,7 @@ def load(ckpt_dir: str, *, dtype: str = "auto", device: str = "auto", model_type
 def generate(model: LanguageModel, prompts, **options):
     """Collective. The response to a prompt, or the list of responses to a list of prompts.
 
-    prompts: text, a conversation [{"role": "user", "content": ...}, ...], or token ids; or a list of such.
+    prompts: text, a conversation [{"role": "user", "content": ...}, ...], or token ids (a list, an array, a tensor); or a list of such.
     options:
       max_new_tokens=256, min_new_tokens=0 (no end token before; a stop string ends a response all the same), max_seq_len: lengths
       max_batch_size=64: rows at once; max_cache_gb, cuda_graphs="auto": see generation.steps
@@ -79,6 +80,7 @@ def generate(model: LanguageModel, prompts, **options):
       statistics, on_step, request_ids: see generation.generate
     Returns a Response where one prompt is given and n_samples is 1, else a list in place of each of the two.
     """
+    prompts = _plain(prompts)
     single = isinstance(prompts, str) or len(prompts) > 0 and isinstance(prompts[0], (int, dict))
     answers: list = respond(model, [prompts] if single else prompts, **options)
     if options.get("n_samples", 1) == 1:
@@ -95,6 +97,8 @@ def respond(model: LanguageModel, prompts: Sequence, **options) -> list[list[Res
 
 def stream(model: LanguageModel, prompt, **options) -> Iterator[str]:
     """Collective. The text of the response to one prompt, in pieces as they come. options: as of `generate`, but for n_samples."""
+    if options.get("n_samples", 1) != 1:
+        raise ValueError(f"n_samples={options['n_samples']}: a stream is the text of one response; `generate` gives several")
     (row,), options, ends = _prepare(model, [prompt], **options)
     shown, tokens = "", []
     for new, completed in generation.steps(model.model, [row], **options):
@@ -116,14 +120,22 @@ def _prepare(model: LanguageModel, prompts: Sequence, *, stop: Sequence[str] | s
     if "" in ends:
         raise ValueError("an empty stop string would end every response before it begins")
     rows = []
-    for prompt in prompts:
+    for number, prompt in enumerate(map(_plain, prompts), 1):
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], int):
+            if wrong := [token for token in prompt if not 0 <= token < model.model.config.vocab_size]:
+                raise ValueError(f"prompt {number}: token {wrong[0]} is none of this model's, 0 to {model.model.config.vocab_size - 1}")
             rows.append(list(prompt))
         else:
             chat = not isinstance(prompt, str) if use_chat_template is None else use_chat_template
             rows.append(encode_prompt(model.tokenizer, prompt, use_chat_template=chat, system_prompt=system_prompt))
     options |= {"eos_ids": model.tokenizer.eos_ids, "sampling": Sampling(temperature, top_k, top_p, min_p, seed), "stop": stop_at(model.tokenizer, ends)}
     return rows, options, ends
+
+
+def _plain(value):
+    """Arrays, tensors, and numbers out of them, as Python's own."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def stop_at(tokenizer, ends: Sequence[str]) -> Callable[[list[int]], bool] | None:

@@ -29,7 +29,7 @@ class Sampling:
     def __post_init__(self):
         if not -1 << 63 <= self.seed < 1 << 63:
             raise ValueError(f"--seed {self.seed} must be a number of 64 bits")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
+        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             raise ValueError(f"sampling: temperature {self.temperature} and top_k {self.top_k} must be at least 0, "
                              f"top_p {self.top_p} in (0, 1], min_p {self.min_p} in [0, 1]")
 

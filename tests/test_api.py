@@ -49,7 +49,38 @@ def test_one_prompt_one_response_and_lists_in_place_of_each(model):
     assert generate(model, [], max_new_tokens=12) == []
 
 
+def test_ids_may_be_arrays_and_must_be_of_the_model(model):
+    ids = model.tokenizer.encode(PROMPTS[0] + "\n", bos=True)
+    one, tensor = generate(model, ids, max_new_tokens=5), torch.tensor(ids)
+    assert generate(model, tensor, max_new_tokens=5) == generate(model, tensor.numpy(), max_new_tokens=5) == generate(model, list(tensor.numpy()), max_new_tokens=5) == one
+    assert generate(model, tensor[None], max_new_tokens=5) == generate(model, [tensor], max_new_tokens=5) == [one]
+    assert "".join(stream(model, tensor, max_new_tokens=5)) == one.text
+    for token in (-1, 260):
+        with pytest.raises(ValueError, match=f"prompt 2: token {token} is none of this model's, 0 to 259"):
+            generate(model, [ids, [5, token]])
+
+
+def test_what_a_process_has_started_with_holds_for_later_models(folder, model):
+    """Asked for another device or number of ranks, a second load went on with the first's and said nothing."""
+    assert generate(load(str(folder), dtype="fp32", device="cpu", model_parallel_size=1), "?", max_new_tokens=5) == generate(model, "?", max_new_tokens=5)
+    for options in ({"device": "cuda"}, {"model_parallel_size": 2}):
+        with pytest.raises(ValueError, match="this process has started on cpu with 1 tensor-parallel ranks"):
+            load(str(folder), **options)
+
+
+def _load_in_groups_of_the_caller(folder):
+    import torch.distributed as dist
+    dist.init_process_group("gloo")
+    return generate(load(str(folder), dtype="fp32", device="cpu"), PROMPTS[0], max_new_tokens=5).tokens
+
+
+def test_a_model_loads_where_the_caller_has_started_torch_distributed(folder, model):
+    assert run_ranks(2, _load_in_groups_of_the_caller, folder) == [generate(model, PROMPTS[0], max_new_tokens=5).tokens] * 2
+
+
 def test_a_stream_is_the_text_in_pieces(model):
+    with pytest.raises(ValueError, match="n_samples=2: a stream is the text of one response"):
+        next(stream(model, PROMPTS[1], n_samples=2))
     for seed in range(4):
         options = dict(max_new_tokens=60, temperature=1.0, seed=seed)
         pieces, whole = list(stream(model, PROMPTS[1], **options)), generate(model, PROMPTS[1], **options).text
@@ -369,7 +400,7 @@ def test_no_end_token_comes_before_min_new_tokens(model):
 
 def test_numbers_out_of_range_are_refused(model):
     for options, said in (({"max_batch_size": 0}, "max_batch_size 0 must be at least 1"), ({"n_samples": 0}, "n_samples 0"), ({"max_seq_len": -5}, "max_seq_len -5"),
-                          ({"temperature": 1.0, "seed": 1 << 63}, "--seed 9223372036854775808 must be a number of 64 bits")):
+                          ({"temperature": float("nan")}, "temperature nan"), ({"temperature": 1.0, "seed": 1 << 63}, "--seed 9223372036854775808 must be a number of 64 bits")):
         with pytest.raises(ValueError, match=said):
             generate(model, PROMPTS, **options)
     with pytest.raises(ValueError, match="--timeout_seconds inf"):

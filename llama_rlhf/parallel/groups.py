@@ -167,6 +167,11 @@ def shutdown() -> None:
     _state.clear()
 
 
+def started() -> bool:
+    """Whether `initialize` has been called: somebody else may have started torch's own groups."""
+    return "places" in _state
+
+
 def device() -> torch.device:
     return _state["device"]
 
