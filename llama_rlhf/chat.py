@@ -1,6 +1,6 @@
 """Talk to a checkpoint:  python -m llama_rlhf.chat --ckpt_dir runs/solver     (torchrun -m llama_rlhf.chat for more ranks)"""
 
-from llama_rlhf.cli import run
+from llama_rlhf.cli import check_range, run
 
 
 def main(
@@ -21,7 +21,7 @@ def main(
     device: str = "auto",
     timeout_seconds: float = 86400.0,
 ):
-    """Read a line, answer it, with the conversation so far in the model's chat format. /new forgets it, /quit or the end of input leaves.
+    """Read a line, answer it, with the conversation so far in the model's chat format. /new forgets it, /quit or the end of input leaves; Ctrl-C cuts an answer short.
 
     A tokenizer without a chat template (a base model) gets each line alone, as training and evaluation give it.
 
@@ -45,7 +45,10 @@ def main(
     from llama_rlhf.api import load, stream
     from llama_rlhf.generation import Statistics
     from llama_rlhf.parallel import groups
+    from llama_rlhf.sampling import Sampling
 
+    check_range(1, max_new_tokens=max_new_tokens)
+    Sampling(temperature, top_k, top_p, min_p, seed)        # refuses what cannot be sampled from
     groups.initialize(timeout_seconds=timeout_seconds, device=device)
     model = load(ckpt_dir, dtype=dtype, model_type=model_type, tokenizer_file=tokenizer_file, chat_format=chat_format)
     chats = model.tokenizer.chat_template is not None
@@ -68,6 +71,9 @@ def main(
             groups.log(f"{error}\n(/new begins anew)")
             messages = messages[:-1]
             continue
+        except KeyboardInterrupt:
+            if groups.world_size() > 1:     # the ranks would part ways
+                raise
         groups.log(f"\n[{statistics.new_tokens} tokens, {statistics.tokens_per_second:.1f} tokens/s]")
         messages, n_turns = [*messages, {"role": "assistant", "content": answer}], n_turns + 1
     groups.shutdown()

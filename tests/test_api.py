@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import weakref
@@ -247,6 +248,25 @@ def test_the_chat(folder, tmp_path):
     done = subprocess.run(command, input="\n".join(lines) + "\n", cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "No chat template here" in done.stdout and done.stdout.count("tokens/s]") == 2 and "fit max_seq_len=256" in done.stdout, done.stdout
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(folder):
+    command = [sys.executable, "-u", "-m", "llama_rlhf.chat", "--ckpt_dir", str(folder), "--device", "cpu", "--max_new_tokens", "240", "--temperature", "2"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as chat:
+        chat.stdin.write(b"Why?\n")
+        chat.stdin.flush()
+        said = b""
+        while len(said.rpartition(b"\n> ")[2]) < 5 or b"\n> " not in said:      # the first letters of the answer are there
+            said += chat.stdout.read(1)
+        chat.send_signal(signal.SIGINT)
+        said, error = chat.communicate(b"And now?\n", timeout=300)
+    assert chat.returncode == 0 and said.count(b"tokens/s]") == 2 and b"[240 tokens" not in said.partition(b"tokens/s]")[0], (said, error)
+
+
+def test_what_the_chat_cannot_sample_with_is_refused_before_a_model_is_read(tmp_path):
+    for flag, said in (("--temperature=-1", "temperature -1.0"), ("--max_new_tokens=0", "--max_new_tokens 0: must be at least 1")):
+        done = subprocess.run([sys.executable, "-m", "llama_rlhf.chat", f"--ckpt_dir={tmp_path}/nothing", flag], input="Hello\n", cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and said in done.stderr
 
 
 def test_the_lines_of_the_readme_run(folder, model, capsys):
