@@ -686,6 +686,8 @@ def _find(path):
 def _load_file(file, settings):
     with open(file, "rb") as f:
         head = f.read(1024)
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{file}: a Git LFS pointer, not the data; run 'git lfs pull' in its folder")
     if re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n", head):
         return _load_tiktoken(file, settings)
     if not head.lstrip().startswith(b"{"):

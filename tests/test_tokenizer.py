@@ -698,6 +698,7 @@ def test_missing_tokenizer_says_what_was_looked_for(tmp_path):
         ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["b", "c"]]}}', "damaged"),
         ("tokenizer.model", b"", "tokenizer.model"),
         ("tokenizer.model", b"\x00\xffgarbage", "neither a sentencepiece model nor"),
+        ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "tokenizer.json: a Git LFS pointer, not the data; run 'git lfs pull'"),
         ("tokenizer.model", b"YQ== 0\nYg== 1\n", "holds 2 tiktoken ranks"),
         ("qwen.tiktoken", b"YQ== 0\nYg== 5\n", "incomplete or damaged"),
         ("qwen.tiktoken", b"YQ== 0\nnonsense\n", "line 2"),
