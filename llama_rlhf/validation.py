@@ -195,8 +195,9 @@ def histogram(lengths, n_bars=10):
 
 
 def _key(prompt):
-    """Equal for prompts that differ in case and spaces only."""
-    text = prompt if isinstance(prompt, str) else prompt[-1]["content"] if len(prompt) == 1 else repr(prompt)
+    """Equal for prompts that differ in case and spaces, or in what a system turn says before them, only."""
+    turns = [] if isinstance(prompt, str) else [turn for turn in prompt if turn["role"] != "system"]
+    text = prompt if isinstance(prompt, str) else turns[0]["content"] if len(turns) == 1 else repr(turns)
     return " ".join(text.casefold().split())
 
 

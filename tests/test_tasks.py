@@ -340,6 +340,16 @@ def test_all_faults_are_found_at_once(toy, tmp_path):  # noqa: F811
     assert code == 1 and "no record fits --max_seq_len 96 less --max_new_tokens 95" in out and "line 3, record 3: the solution has no line" in out, out
 
 
+def test_a_test_problem_behind_a_system_turn_is_found_in_the_training_data(toy, tmp_path):  # noqa: F811
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is  1+1?"}, {"role": "assistant", "content": "#### 2"}]
+    (tmp_path / "train.json").write_text(json.dumps([{"messages": turns}, {"system": "Be", "question": "2+2?", "answer": "#### 4"}]))
+    (tmp_path / "test.json").write_text(json.dumps([{"question": q, "answer": "#### 4"} for q in ("what is 1+1?", "What is 2+2?", "2+2?")]))
+    for script in ("solver_train.py", "ppo_train.py"):
+        code, out = validate(script, toy, train_file=tmp_path / "train.json", label_file=tmp_path / "test.json", max_new_tokens=4)
+        found = re.findall(r"test.json, record (\d): the prompt is also in the training data, \S*train.json, (?:line 1, )?record (\d)", out)
+        assert code == 1 and found == [("1", "1"), ("3", "2")], out
+
+
 def test_judged_data_are_validated_as_the_verifier_reads_them(toy, tmp_path):  # noqa: F811
     rows = [{"prompt": "a", "chosen": "x", "rejected": "y"}, {"prompt": "b", "chosen": "", "rejected": "y"}, {"prompt": "c", "chosen": "x"}]
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
