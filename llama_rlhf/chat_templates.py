@@ -14,6 +14,7 @@ import os
 import select
 import subprocess
 import sys
+import threading
 
 MAX_SECONDS = 1.0           # of processor time, for one conversation
 PATIENCE = 60               # seconds; a machine may be busy with other things
@@ -21,10 +22,20 @@ MAX_BYTES = 512 << 20       # of the process that renders
 MAX_TEXT = 16 << 20         # characters of a rendered conversation
 
 _worker = None              # (process id of its owner, process)
+_lock = threading.Lock()
 
 
 def render(template, **names):
     """The text a template makes of these names, which must be json; ValueError with the template's or the sandbox's reason."""
+    request = json.dumps({"template": template, "names": names}).encode() + b"\n"
+    with _lock:             # answers come in the order of requests, so no other may come between
+        text, error = _ask(request)
+    if error:
+        raise ValueError(error)
+    return text
+
+
+def _ask(request):
     global _worker
     if _worker is None or _worker[0] != os.getpid() or _worker[1].poll() is not None:       # a fork must not share its parent's pipes
         process = subprocess.Popen([sys.executable, os.path.abspath(__file__)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -33,20 +44,21 @@ def render(template, **names):
     process, answer = _worker[1], b""
     assert process.stdin is not None and process.stdout is not None
     try:
-        process.stdin.write(json.dumps({"template": template, "names": names}).encode() + b"\n")
+        process.stdin.write(request)
         process.stdin.flush()
         if select.select([process.stdout], [], [], PATIENCE)[0]:
             answer = process.stdout.readline()
     except OSError:
         pass                # it is gone
+    except BaseException:   # Ctrl-C: its answer would be taken for that to the next request
+        process.kill()
+        _worker = None
+        raise
     if not answer:
         process.kill()
         raise ValueError(f"the chat template of this tokenizer did not come to an end over one conversation: stopped after {MAX_SECONDS} s of work "
                          f"(exit code {process.wait()}); choose a built-in one by chat_format")
-    text, error = json.loads(answer)
-    if error:
-        raise ValueError(error)
-    return text
+    return json.loads(answer)
 
 
 # -- the other process ----------------------------------------------------------------------------------------------

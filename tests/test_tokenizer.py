@@ -5,10 +5,13 @@ import importlib.util
 import json
 import random
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from llama_rlhf import chat_templates
 from llama_rlhf.tokenizer import TIKTOKEN_FAMILIES, JsonTokenizer, _Settings, load_tokenizer, tokenizer_json_from_ranks
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -237,6 +240,20 @@ def test_named_templates_as_transformers_saves_them(tmp_path):
     ref.save_pretrained(tmp_path)
     assert (tmp_path / "additional_chat_templates" / "tool.jinja").is_file()
     assert load_tokenizer(tmp_path).chat_template == "one" and load_tokenizer(tmp_path, chat_format="tool").chat_template == "two"
+
+
+def test_threads_get_the_text_of_their_own_conversations():
+    """They shared one process and its pipes: of six at once most got another's text, without a word."""
+    texts = [f"{thread} {n}" for thread in range(6) for n in range(50)]
+    with ThreadPoolExecutor(6) as threads:
+        assert list(threads.map(lambda text: chat_templates.render("{{ text }}", text=text), texts)) == texts
+
+
+def test_an_interrupted_conversation_is_not_the_answer_to_the_next(monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(chat_templates.select, "select", Mock(side_effect=KeyboardInterrupt))
+        chat_templates.render("{{ text }}", text="interrupted")
+    assert chat_templates.render("{{ text }}", text="next") == "next"
 
 
 def test_tojson_takes_the_options_it_has_in_transformers(tmp_path):
