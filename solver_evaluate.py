@@ -152,6 +152,8 @@ def main(
     home = ckpt_dir or verifier_ckpt_dir
     log_dir = log_dir or store.beside(home, "evaluate-" + re.sub(r"[^\w.-]+", "-", task))
     store.check_writable(log_dir)
+    if os.path.exists(os.path.join(log_dir, "metrics.jsonl")):
+        raise ValueError(f"--log_dir {log_dir} holds the log of a training run, whose report would be written in place of this evaluation's. Choose another folder.")
     written = [os.path.join(log_dir, name) for name in ("samples.jsonl", "metrics.json")]
     if samples_file and limit >= 0 and os.path.exists(written[0]) and os.path.samefile(samples_file, written[0]):
         raise ValueError(f"--limit {limit} with --log_dir {log_dir} would leave {limit} problems of {samples_file}, which is written there anew with scores. "

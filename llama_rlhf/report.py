@@ -67,6 +67,13 @@ def read_run(path: str, name: str) -> Run:
             os.path.isfile(os.path.join(path, name, log, mark)) for log in ("", "log") for mark in marks)]
         raise FileNotFoundError(f"{path}: neither metrics.jsonl nor metrics.json is there or in its log folder. Give the save_dir or log_dir of a run"
                                 + (f", such as {os.path.join(path, within[0])}; this folder holds {', '.join(within)}" if within else ""))
+    try:
+        return _read_run(folder, name)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: its files are not what the scripts write ({type(error).__name__}: {error}). Leave this run out.") from error
+
+
+def _read_run(folder: str, name: str) -> Run:
     if os.path.isfile(os.path.join(folder, "metrics.jsonl")):
         about = _read_json(os.path.join(folder, "run.json"))
         records = records_of(folder)
@@ -281,7 +288,7 @@ def write(paths: list[str], out: str) -> str:
     """Write the report of these runs to `out`, and its curves beside it as .png; returns `out`. Raises as read_run does."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     paths = list(dict.fromkeys(map(os.path.abspath, paths)))
-    runs = [read_run(path, name) for path, name in zip(paths, names_of(paths))]
+    runs = list({(run := read_run(path, name)).folder: run for path, name in zip(paths, names_of(paths))}.values())
     curves = curves_of(runs)
     svgs = [(script, own, [(title, as_svg(draw, title, f"{script} {title}")) for title, draw in of_script]) for script, own, of_script in curves]
     scored = [(run, record["step"], *coloured(record["responses"])) for run in runs for record in run.of("scored")[-1:]]

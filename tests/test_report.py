@@ -220,6 +220,15 @@ def test_a_run_that_has_recorded_nothing_yet_has_a_page(tmp_path):
             assert "solver_train.py" in file.read()
 
 
+def test_a_run_given_twice_is_shown_once_and_files_of_others_are_named(tmp_path):
+    run = write_run(tmp_path / "run" / "log", "solver_train.py", [{"kind": "train", "step": 1, "loss": 2.0}])
+    with open(report.write([str(run.parent), str(run)], str(tmp_path / "page.html"))) as file:
+        assert "<h1>Fine-tuning: run</h1>" in file.read()
+    (tmp_path / "metrics.json").write_text('{"eval_loss": 1.0}')
+    with pytest.raises(ValueError, match=f"{tmp_path}: its files are not what the scripts write .KeyError: 'arguments'"):
+        report.read_run(str(tmp_path), "")
+
+
 def test_small_things():
     assert thin([(n, 2.0 * n) for n in range(10)], 4) == ((1, 4, 7, 9), (2.0, 8.0, 14.0, 18.0)) and thin([], 4) == ((), ())
     assert report.names_of(["/runs/a/ppo/log", "/runs/a/grpo"]) == ["ppo", "grpo"] and report.names_of(["/runs/x/log", "/runs/b/x"]) == ["x", "b/x"]

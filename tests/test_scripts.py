@@ -87,6 +87,8 @@ def test_train_then_evaluate_then_train_on(lora_rank, toy, split, tmp_path):
     (code, out, err), = run_script(1, "solver_evaluate.py", compare=f"{tmp_path / 'eval'},{tmp_path / 'one'}")
     # --compare starts no process groups and takes no device
     assert code == 0 and "0 became right, 0 became wrong, McNemar p = 1" in out, err
+    result = run_script(1, "solver_evaluate.py", ckpt_dir=tmp_path / "run", log_dir=tmp_path / "run/log", label_file=toy / "test.json")
+    assert "run/log holds the log of a training run" in first_line(result, 1)
 
 
 def test_reference_perplexity_equals_transformers(toy, split, tmp_path):
