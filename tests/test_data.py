@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from llama_rlhf.data import DataReport, Example, batches, encode_prompt, sft_examples, show_example
+from llama_rlhf.data import DataReport, Example, batches, encode_prompt, pack, sft_examples, show_example
 from llama_rlhf.records import answers_of, preference_of, prompt_of, read_records, turns_of
 from llama_rlhf.tokenizer import load_tokenizer
 
@@ -388,6 +388,13 @@ def test_batches_mix_lengths():
     lengths = [7] * 200 + [35] * 100
     shares = [sum(lengths[i] == 35 for i in batch) / len(batch) for batch in batches(examples_of(lengths), max_batch_size=30)]
     assert all(0.1 < share < 0.6 for share in shares)
+
+
+def test_packs_are_full_in_order_and_a_row_beyond_the_limit_stands_alone():
+    lengths = [3, 2, 6, 1, 1]
+    assert pack([0, 1, 2, 3, 4], lengths, max_tokens=5) == [[0, 1], [2], [3, 4]]
+    assert pack([4, 3, 2, 1, 0], lengths, max_rows=2) == [[4, 3], [2, 1], [0]]
+    assert pack([0, 1, 2, 3, 4], lengths, max_tokens=8, max_rows=2) == [[0, 1], [2, 3], [4]] and pack([], lengths) == []
 
 
 def test_example_larger_than_the_token_limit_is_named():

@@ -433,6 +433,7 @@ def test_schedule_values():
     rate = lambda step, **more: learning_rate(step, peak=1.0, total_steps=20, warmup_steps=5, **more)  # noqa: E731
     assert [round(rate(s), 6) for s in (0, 4, 5, 10, 15, 20)] == [0.2, 1.0, 1.0, 0.75, 0.25, 0.0]
     assert rate(12.5, schedule="linear") == 0.5 and rate(20, final_ratio=0.1) == 0.1
+    assert rate(15, final_ratio=0.1) == pytest.approx(0.1 + 0.9 * 0.25) and rate(25) == 0.0       # between the two; and it does not rise again
 
 
 def collectives(folder, lora_rank, sequence_parallel=False):

@@ -170,6 +170,7 @@ def test_held_out_problems_are_a_seeded_share_and_never_all():
     rest, held = split_problems(problems, 0.1, seed=3)
     assert len(held) == 10 and sorted(rest + held) == problems and (rest, held) == split_problems(problems, 0.1, seed=3)
     assert split_problems(problems, 0.1, seed=4)[1] != held and split_problems(problems, 0.0) == (problems, [])
+    assert len(split_problems(problems[:19], 0.1)[1]) == 2
     assert [len(part) for part in split_problems([1, 2], 0.01)] == [1, 1] and split_problems([1], 0.5) == ([1], [])
 
 
