@@ -421,3 +421,45 @@ def test_a_save_that_was_moved_and_linked_to_is_left_where_it_is(world_of_one, t
     _save(tmp_path / "run", 2, [])
     store.keep_newest(str(tmp_path / "run"), 1, set())
     assert os.listdir(tmp_path / "run") == ["step-2"] and os.path.exists(tmp_path / "archive/step-1/manifest.json")
+
+
+def test_a_save_is_on_the_disk_before_it_has_its_name(world_of_one, tmp_path, monkeypatch):
+    """A machine that loses power keeps what was synchronised, in whatever order the rest was written: every file whole, then the folder, then its name."""
+    from toys import add_bytes_tokenizer, make_hf
+
+    from llama_rlhf.checkpoint.shards import load_model, save_model
+    from llama_rlhf.trainer import Trainer
+    make_hf(tmp_path / "hf", "llama-9-3")
+    add_bytes_tokenizer(tmp_path / "hf")
+    model = load_model(str(tmp_path / "hf"))
+    events, fsync, rename = [], os.fsync, os.rename
+
+    def seen(descriptor):
+        status = os.fstat(descriptor)
+        events.append((status.st_ino, status.st_size))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    monkeypatch.setattr(os, "rename", lambda *args: (events.append("renamed"), rename(*args)))
+    save_model(model, str(tmp_path / "run/save"), companions=str(tmp_path / "hf"), trainer=Trainer(model, lr=1.0, total_steps=1))
+    monkeypatch.undo()
+    at, files = events.index("renamed"), [path.stat() for path in (tmp_path / "run/save").iterdir()]
+    assert len(files) >= 5 and {(file.st_ino, file.st_size) for file in files} <= set(events[:at - 1])
+    assert [event[0] for event in (events[at - 1], events[at + 1])] == [(tmp_path / name).stat().st_ino for name in ("run/save", "run")]
+
+
+def test_old_saves_go_the_newest_and_the_spared_stay(world_of_one, tmp_path, monkeypatch):
+    """What is half removed has lost its name before its files; a folder of saves stands for the newest of them."""
+    from llama_rlhf.checkpoint import store
+    for step in (1, 2, 9, 10):
+        _save(tmp_path, step, [tmp_path])
+    os.makedirs(tmp_path / "step-11")                       # no manifest: not a save
+    store.keep_newest(str(tmp_path), -1, set())
+    assert store.complete_saves(str(tmp_path)).keys() == {1, 2, 9, 10} and store.resolve(str(tmp_path)) == str(tmp_path / "step-10")
+    removed = []
+    monkeypatch.setattr(store.shutil, "rmtree", lambda path, **_: removed.append(os.path.basename(path)))
+    store.keep_newest(str(tmp_path), 2, {1})
+    assert sorted(name for name in os.listdir(tmp_path) if name[0] != ".") == ["step-1", "step-10", "step-11", "step-9"]
+    assert set(removed) == {".tmp-removed-step-2"}
+    store.keep_newest(str(tmp_path), 1, set())
+    assert store.complete_saves(str(tmp_path)).keys() == {10}
