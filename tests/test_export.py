@@ -65,6 +65,8 @@ def test_tensors_that_differ_from_the_header_leave_no_file(tmp_path):
                 for name, x in written:
                     writer.write(name, x)
         assert not path.exists()
+    with pytest.raises(CheckpointError, match="cannot store __metadata__"):        # the header's own entry has that name
+        SafetensorsWriter(path, {"__metadata__": TensorInfo((1,), torch.float32)})
     with pytest.raises(CheckpointError, match="larger element types first"):
         SafetensorsWriter(path, {"a": TensorInfo((1,), torch.bfloat16), "b": TensorInfo((1,), torch.float32)})
     assert not path.exists()

@@ -8,6 +8,8 @@ import resource
 import shutil
 import struct
 import threading
+import time
+import types
 import zipfile
 
 import numpy as np
@@ -16,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from llama_rlhf.checkpoint import formats
-from llama_rlhf.checkpoint.formats import CheckpointError, open_checkpoint, open_file
-from llama_rlhf.checkpoint.writer import PthWriter
+from llama_rlhf.checkpoint.formats import CheckpointError, TensorInfo, open_checkpoint, open_file
+from llama_rlhf.checkpoint.writer import PthWriter, SafetensorsWriter
 
 gguf = pytest.importorskip("gguf")
 
@@ -662,16 +664,29 @@ def test_a_view_is_stored_as_its_own_elements_only(tmp_path):
     assert all(torch.equal(loaded[name], view) for name, view in views.items())
 
 
-def test_changing_a_tensor_after_write_changes_neither_file_nor_hash(tmp_path, monkeypatch):
-    """The hash runs in a second thread; a caller that reuses one buffer must not race with it."""
-    buffer, digests = torch.zeros(3 << 20, dtype=torch.uint8), []
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+def test_changing_a_tensor_after_write_changes_neither_file_nor_hash(kind, tmp_path, monkeypatch):
+    """The hash runs in a second thread, here a slow one; a caller that reuses one buffer must not race with it."""
+    class Slow:
+        def __init__(self):
+            self.hash = sha256()
+            self.hexdigest = self.hash.hexdigest
+
+        def update(self, data):
+            time.sleep(0.01)
+            self.hash.update(data)
+
+    buffer, digests, sha256 = torch.zeros(3 << 20, dtype=torch.uint8), [], hashlib.sha256
+    monkeypatch.setattr("llama_rlhf.checkpoint.writer.hashlib", types.SimpleNamespace(sha256=Slow))
+    infos = {str(i): TensorInfo(tuple(buffer.shape), buffer.dtype) for i in range(4)}
+    path = tmp_path / f"x.{kind}"
     for reuse in (True, False):
-        with PthWriter(tmp_path / "x.pth") as writer:
+        with PthWriter(path) if kind == "pth" else SafetensorsWriter(path, infos) as writer:
             for i in range(4):
                 tensor = buffer.fill_(i) if reuse else torch.full_like(buffer, i)
                 writer.write(str(i), tensor)
             digests.append(writer.close()["sha256"])
-        assert hashlib.sha256((tmp_path / "x.pth").read_bytes()).hexdigest() == digests[-1]
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == digests[-1]
     assert digests[0] == digests[1]
 
 

@@ -63,6 +63,7 @@ def test_labels_are_judged_one_by_one_and_duplicates_dropped():
     kind, (a, b) = judged(*rows)
     assert kind == "labels" and a.labels == [1, 0] and a.duplicates == 1 and b.labels == [1]
     assert a.all_pairs() == [(0, 1, None)] and b.all_pairs() == []
+    assert judged(rows[0], rows[0] | {"label": 0})[1][0].labels == [1, 0], "judges who disagree are both heard"
 
 
 def test_samples_of_an_evaluation_are_labelled_by_correct_not_by_the_reference_answer():
@@ -81,6 +82,8 @@ def test_solutions_alone_get_wrong_twins():
     assert judged_problems(records, seed=0)[1] == [*judged_problems(records, seed=0)[1]]
     wrong = {judged_problems(records, seed=seed)[1][0].responses[1] for seed in range(9)}
     assert len(wrong) > 1, "the seed must change them"
+    alike = judged(*({"instruction": f"{n}?", "output": "#### 50"} for n in range(9)))[1]
+    assert len({problem.responses[1] for problem in alike}) > 1, "each problem has a draw of its own"
 
 
 @pytest.mark.parametrize("record, message", [
@@ -123,6 +126,17 @@ def test_corrupted_solutions_have_another_answer_under_every_rule():
         # only numbers differ
         assert [part for part in map(str.strip, _without_numbers(text))] == [part for part in map(str.strip, _without_numbers(wrong))]
     assert corrupt_numbers("none", generator) is None
+
+
+def test_corrupted_answers_lie_on_both_sides_and_one_number_on_the_way_changes_on_average():
+    """Else a verifier learns that a larger answer, or a solution with more slips, is the wrong one. Of "5 of 12" the answer is 5."""
+    generator, above, others = random.Random(2), 0, 0
+    for _ in range(400):
+        *way, answer = corrupt_numbers("2+30+400+5000=5432\n#### 5432", generator).replace("=", "+").replace("\n#### ", "+").split("+")
+        above += int(answer) > 5432
+        others += sum(a != b for a, b in zip(way, ("2", "30", "400", "5000")))
+        assert "#### 5 of" not in corrupt_numbers("#### 5 of 12", generator)
+    assert 160 < above < 240 and 320 < others < 480
 
 
 def _without_numbers(text):
