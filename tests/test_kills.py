@@ -464,3 +464,28 @@ def test_old_saves_go_the_newest_and_the_spared_stay(world_of_one, tmp_path, mon
     assert set(removed) == {".tmp-removed-step-2"}
     store.keep_newest(str(tmp_path), 1, set())
     assert store.complete_saves(str(tmp_path)).keys() == {10}
+
+
+def test_a_manifest_that_does_not_fit_its_folder_is_refused(tmp_path):
+    import json
+
+    from llama_rlhf.checkpoint.convert import FORMAT, read_manifest, seal
+    folder = _save(tmp_path, 7, [tmp_path])
+    manifest, good = os.path.join(folder, "manifest.json"), read_manifest(folder)
+    assert good["step"] == 7 and read_manifest(str(tmp_path)) is None
+    for change, said in (({"step": 8}, "corrupt: it does not have the SHA-256"), ({"format": "llama_rlhf/0"}, f"this version reads '{FORMAT}'"),
+                         ({"files": {"../a.json": {}}}, "illegal entry '../a.json'"), ({"files": {"a.json": 3}}, "illegal entry"), ({"config": None}, "lacks 'files' or 'config'")):
+        changed = good | change
+        with open(manifest, "w") as file:
+            json.dump(changed if "step" in change else changed | {"sha256": seal(changed)}, file)
+        with pytest.raises(ValueError, match=said):
+            read_manifest(folder)
+    with open(manifest, "w") as file:
+        json.dump(good, file)
+    with open(os.path.join(folder, "a.json"), "a") as file:
+        file.write(" ")
+    with pytest.raises(ValueError, match="3 bytes, the manifest says 2 bytes: truncated or replaced"):
+        read_manifest(folder)
+    os.remove(os.path.join(folder, "a.json"))
+    with pytest.raises(ValueError, match="a.json: is missing"):
+        read_manifest(folder)

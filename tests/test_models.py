@@ -227,3 +227,33 @@ def test_states_asked_for_are_those_of_a_full_pass(world_of_one, tmp_path, recom
         results.append([states, *(p.grad for p in model.parameters() if p.grad is not None)])
     assert len(results[0]) == len(results[1]) == 1 + 2 * 6 + 2      # the states; six weights a block, the embedding and the last norm
     assert all((a - b).abs().max() < 1e-5 for a, b in zip(*results))
+
+
+def test_new_adapters_and_heads_are_drawn_by_the_seed_as_published(world_of_one, tmp_path):
+    """A uniform within 1 / sqrt(fan in), each its own; B zero; a value head N(0, 1 / (d + 1)), without bias."""
+    from llama_rlhf.checkpoint.shards import load_model
+    from llama_rlhf.models.transformer import ValueModel
+    from llama_rlhf.parallel.layers import Lora
+    make_hf(tmp_path, "llama")
+    first, again, other = ({name: p.detach() for name, p in load_model(str(tmp_path), ValueModel, lora=Lora(16, 16.0), seed=seed).named_parameters() if p.requires_grad}
+                           for seed in (1, 1, 2))
+    drawn = [name for name in first if name.endswith(("lora_a", "value_head.weight"))]
+    assert len(drawn) == 2 * 4 + 1 and all(not x.any() for name, x in first.items() if name not in drawn)
+    assert all(torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name]) for name in drawn)
+    values = torch.cat([first[name].flatten() * first[name].shape[1] ** 0.5 for name in drawn if "lora" in name])
+    assert values.abs().max() < 1 and abs(values.std() - 3 ** -0.5) < 0.01 and abs(values.mean()) < 0.03
+    assert len({x[0, 0].item() for name in drawn for x in first[name].split(16)}) == 2 * 7 + 1, "no two are the same draw"
+    heads = torch.cat([load_model(str(tmp_path), ValueModel, seed=seed).value_head.weight.detach().flatten() for seed in range(20)])
+    assert abs(heads.std() * 49 ** 0.5 - 1) < 0.1       # 960 numbers: 4 standard errors
+
+
+def test_a_frozen_base_is_shared_only_where_it_is_the_same_to_the_bit(world_of_one, tmp_path):
+    from llama_rlhf.checkpoint.shards import load_model
+    from llama_rlhf.parallel.layers import Lora
+    make_hf(tmp_path / "one", "llama")
+    make_hf(tmp_path / "other", "llama", change=lambda model: model.model.layers[1].mlp.down_proj.weight.data[3, 4].add_(1e-3))
+    first, alone = (load_model(str(tmp_path / name), lora=Lora(2, 2.0)) for name in ("one", "other"))
+    beside, donor = load_model(str(tmp_path / "other"), lora=Lora(2, 2.0), share=[first]), dict(first.named_parameters())
+    own = {name for name, p in beside.named_parameters() if p is not donor[name]}
+    assert own == {name for name, p in donor.items() if p.requires_grad} | {"layers.1.feed_forward.w2.weight"}
+    assert all(torch.equal(p, q) for p, q in zip(beside.parameters(), alone.parameters()))

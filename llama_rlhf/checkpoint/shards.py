@@ -160,7 +160,7 @@ def _initial(native: str, piece: Piece, seed: int) -> torch.Tensor:
     if native.endswith((".lora_b", ".bias")):
         full = torch.zeros(piece.shape)
     else:
-        generator = torch.Generator().manual_seed(seed << 32 | zlib.crc32(native.encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(native.encode(), seed & 0xffffffff))      # torch takes 32 bits
         fan_in = piece.shape[-1]
         if native.endswith(".lora_a"):      # peft's choice: uniform within 1 / sqrt(fan in of the full, uncut layer)
             full = (torch.rand(piece.shape, generator=generator) * 2 - 1) / fan_in ** 0.5
