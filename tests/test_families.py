@@ -275,9 +275,12 @@ def test_a_head_that_differs_from_the_embedding_is_used_although_the_config_ties
     from llama_rlhf.checkpoint.formats import open_checkpoint
     from llama_rlhf.checkpoint.shards import load_model
     from safetensors.torch import load_file, save_file
-    make_hf(tmp_path, "llama-tied-scaled")
+    make_hf(tmp_path, "llama-tied-scaled", vocab_size=4100)
     tensors = load_file(tmp_path / "model.safetensors")
-    for head, tied in ((tensors["model.embed_tokens.weight"].clone(), True), (torch.randn_like(tensors["model.embed_tokens.weight"]), False)):
+    embedding = tensors["model.embed_tokens.weight"]
+    last = embedding.clone()
+    last[-1, -1] += 1                   # the two are compared part by part
+    for head, tied in ((embedding.clone(), True), (torch.randn_like(embedding), False), (last, False)):
         save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with open_checkpoint(str(tmp_path)) as checkpoint:
             config, notes = load_config(checkpoint)

@@ -375,6 +375,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(world_of_one):
     bad = lambda _: line(torch.tensor([[float("nan"), 1.0]])).sum()  # noqa: E731
     assert trainer.step([0], bad, lambda _: 1).skipped
     assert all(torch.equal(a, b) for a, b in zip(before, line.parameters()))
+    good = trainer.step([0], lambda _: line(torch.ones(1, 2)).sum(), lambda _: 1)
+    assert not good.skipped and (good.lr, trainer.n_steps, trainer.counters()) == (0.1, 1, {"skipped": 1})      # the rate of the first step
+    assert trainer.step([0], bad, lambda _: 1).skipped, "not the second in a row"
     with pytest.raises(FloatingPointError, match="2 steps in a row.*Nothing has been saved"):
         trainer.step([0], bad, lambda _: 1)
 
