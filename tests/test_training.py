@@ -367,6 +367,22 @@ def test_the_loss_scale_grows_again_and_bad_data_ends_the_run(world_of_one, monk
     assert trainer.loss_scale == 1.0
 
 
+def test_an_overflow_begins_the_count_of_steps_anew_and_a_spike_is_none(world_of_one, monkeypatch):
+    from llama_rlhf import trainer as module
+    monkeypatch.setattr(module, "_SCALE_GROWS_AFTER", 3)
+
+    def step(trainer, factor):
+        trainer.step([0], lambda _: trainer.model.w.float().sum() * factor, lambda _: 1)
+        return trainer.loss_scale
+
+    first, again = (module.Trainer(Line(torch.float16), lr=1e-3, total_steps=9, max_skipped_steps=2, skip_grad_norm_above=1e-2) for _ in range(2))
+    assert [step(first, factor) for factor in (1e-6, 1e3, 1e-6, 1e-6)] == [2.0 ** 16] + [2.0 ** 15] * 3         # the second overflows
+    again.load_state_tensors(first.state_tensors())
+    assert step(again, 1e-1) == 2.0 ** 16 and (again.n_steps, again.skipped_steps) == (3, 2)        # the third without overflow
+    with pytest.raises(FloatingPointError, match="its norm above 0.01"):        # at any scale spikes end the run
+        step(again, 1e-1)
+
+
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(world_of_one):
     from llama_rlhf.trainer import Trainer
     line = torch.nn.Linear(2, 1)
