@@ -166,6 +166,10 @@ def test_adapters_and_value_head_go_along_at_any_number_of_shards(world_of_one, 
     (stored,) = (tensors_of(tmp_path / "n1" / name) for name in hashes(tmp_path / "n1"))
     assert stored["layers.0.attention.wq.lora_b"].shape == (60, 3) and stored["value_head.weight"].dtype == torch.float32
 
+    for lora in (Lora(3, 12.0), Lora(2, 4.0)):      # they would be scaled otherwise than they were trained
+        with pytest.raises(ValueError, match=f"holds adapters of rank 3, alpha 6.0; asked for rank {lora.rank}, alpha {lora.alpha}"):
+            load_model(str(tmp_path / "n1"), ValueModel, lora=lora)
+
     # merging: base + alpha/rank * B A, in fp32, rounded once; the head untouched, no adapters left
     split_checkpoint(str(tmp_path / "n1-2"), str(tmp_path / "merged"), 1, merge_lora=True)
     merged = tensors_of(tmp_path / "merged" / "consolidated.00.pth")

@@ -367,6 +367,29 @@ def test_the_loss_scale_grows_again_and_bad_data_ends_the_run(world_of_one, monk
     assert trainer.loss_scale == 1.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_several_micro_batches_are_summed_in_fp32(dtype, world_of_one):
+    """1 + 3/256, of which bf16 would keep the 1."""
+    from llama_rlhf.trainer import Trainer
+    line = Line(dtype)
+    result = Trainer(line, lr=1e-3, total_steps=9).step([1.0, 2.0 ** -8, 2.0 ** -8, 2.0 ** -8], lambda factor: line.w.float().sum() * factor, lambda _: 1)
+    assert result.n_tokens == 4 and result.grad_norm == pytest.approx(8 * (1 + 3 / 256) / 4, rel=1e-6)
+    assert result.loss == pytest.approx(32.5 * (1 + 3 / 256) / 4)
+
+
+def test_decay_alone_moves_the_matrices_of_the_layers_only(world_of_one, tmp_path):
+    """Not embeddings, heads, norms or biases. (Where no gradient is, AdamW's step is the decay.)"""
+    from llama_rlhf.checkpoint.shards import load_model
+    from llama_rlhf.models.transformer import ValueModel
+    from llama_rlhf.trainer import Trainer, final_scores
+    make_hf(tmp_path, "qwen2")
+    model = load_model(str(tmp_path), ValueModel)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    Trainer(model, lr=0.1, total_steps=9, weight_decay=0.1).step([0], lambda _: final_scores(model, [[3, 4]]).sum() * 0, lambda _: 1)
+    for name, p in model.named_parameters():
+        assert torch.allclose(p, before[name] * (0.99 if name.startswith("layers") and p.dim() == 2 else 1.0)), name
+
+
 def test_an_overflow_begins_the_count_of_steps_anew_and_a_spike_is_none(world_of_one, monkeypatch):
     from llama_rlhf import trainer as module
     monkeypatch.setattr(module, "_SCALE_GROWS_AFTER", 3)
