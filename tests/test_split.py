@@ -149,6 +149,9 @@ def test_any_number_of_shards_turns_into_any_other_bit_for_bit(name, world_of_on
 
 
 def test_adapters_and_value_head_go_along_at_any_number_of_shards(world_of_one, tmp_path):
+    from llama_rlhf.checkpoint.convert import NativeView
+    from llama_rlhf.checkpoint.formats import open_checkpoint
+    from llama_rlhf.checkpoint.shards import native_tensors
     from llama_rlhf.models.transformer import ValueModel
     from llama_rlhf.parallel.layers import Lora
     make_hf(tmp_path / "hf", "llama", dtype=torch.bfloat16)
@@ -170,6 +173,10 @@ def test_adapters_and_value_head_go_along_at_any_number_of_shards(world_of_one, 
         with pytest.raises(ValueError, match=f"holds adapters of rank 3, alpha 6.0; asked for rank {lora.rank}, alpha {lora.alpha}"):
             load_model(str(tmp_path / "n1"), ValueModel, lora=lora)
 
+    split_checkpoint(str(tmp_path / "n1-2"), str(tmp_path / "half"), 1, dtype=torch.float16)        # of the weights: what is trained stays as it is
+    for name, x in tensors_of(tmp_path / "half" / "consolidated.00.pth").items():
+        assert torch.equal(x, stored[name] if "lora" in name or "value_head" in name else stored[name].half()) and (x.dtype == torch.float16) == ("lora" not in name and "value_head" not in name)
+
     # merging: base + alpha/rank * B A, in fp32, rounded once; the head untouched, no adapters left
     split_checkpoint(str(tmp_path / "n1-2"), str(tmp_path / "merged"), 1, merge_lora=True)
     merged = tensors_of(tmp_path / "merged" / "consolidated.00.pth")
@@ -179,6 +186,13 @@ def test_adapters_and_value_head_go_along_at_any_number_of_shards(world_of_one, 
         if name.endswith(".weight") and (a := name.replace(".weight", ".lora_a")) in stored:
             expected = (expected.float() + 2.0 * (stored[a.replace("lora_a", "lora_b")] @ stored[a])).bfloat16()
         assert torch.equal(x, expected) and x.dtype == expected.dtype, name
+    with open_checkpoint(str(tmp_path / "n1-2")) as checkpoint:         # a rank merges its own rows or columns
+        wanted = native_tensors(ValueModel(model.config, lora=Lora(3, 6.0), dtype=torch.float32))
+        view = NativeView(checkpoint, model.config, wanted, merge_lora=2.0)
+        for name, x in merged.items():
+            if (dim := wanted[name].dim) is not None:
+                for start in (7, len(x.movedim(dim, 0)) // 2 - 1):      # from one file, and one of each of the two
+                    assert torch.allclose(view.read(name, start, start + 2), x.narrow(dim, start, 2), rtol=1e-2), name
 
 
 def test_metas_shards_without_manifest_are_read(world_of_one, tmp_path):

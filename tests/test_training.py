@@ -377,6 +377,27 @@ def test_gradients_of_several_micro_batches_are_summed_in_fp32(dtype, world_of_o
     assert result.loss == pytest.approx(32.5 * (1 + 3 / 256) / 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_optimizer_sees_gradients_without_the_loss_scale(dtype, world_of_one):
+    """AdamW's first step is lr g / (|g| + eps): with a large eps the size of g shows."""
+    from llama_rlhf.trainer import Trainer
+    line = Line(dtype)
+    trainer = Trainer(line, lr=0.01, eps=1.0, total_steps=2, schedule="linear", final_lr_ratio=0.5, weight_decay=0.0, max_grad_norm=0.0)
+    before, master = line.w.detach().float().clone(), trainer.own[0][2].detach()
+    trainer.step([0], lambda _: line.w.float().sum() / 2, lambda _: 1)
+    assert torch.allclose(before - master, torch.full_like(before, 0.01 * 0.5 / 1.5), atol=1e-6)
+    assert trainer.step([0], lambda _: line.w.float().sum() / 2, lambda _: 1).lr == pytest.approx(0.0075)
+
+
+def test_the_optimizer_state_of_other_parameters_is_refused(world_of_one):
+    from llama_rlhf.trainer import Trainer
+    trainer = Trainer(torch.nn.Linear(2, 1), lr=0.1, total_steps=9)
+    trainer.step([0], lambda _: trainer.model(torch.ones(1, 2)).sum(), lambda _: 1)
+    for other in (torch.nn.Linear(3, 1), torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(2, 1).bfloat16()):
+        with pytest.raises(ValueError, match="the saved optimizer state belongs to other parameters"):
+            Trainer(other, lr=0.1, total_steps=9).load_state_tensors(trainer.state_tensors())
+
+
 def test_decay_alone_moves_the_matrices_of_the_layers_only(world_of_one, tmp_path):
     """Not embeddings, heads, norms or biases. (Where no gradient is, AdamW's step is the decay.)"""
     from llama_rlhf.checkpoint.shards import load_model
