@@ -82,6 +82,8 @@ def test_hugging_face_to_shards_and_back_is_bit_identical(name, world_of_one, tm
     if name == "qwen1":         # transformers cannot run it: written as the Qwen2 model that the toy was made from
         reference.save_pretrained(tmp_path / "as-qwen2")
         expected = weights(tmp_path / "as-qwen2")
+        export_hf(str(tmp_path / "hf"), str(tmp_path / "config"))
+        assert json.loads((tmp_path / "config/config.json").read_text())["max_position_embeddings"] == 128, "the length it was trained for; beyond, it is no Qwen2"
     for n in (1, 2, 3):
         split_checkpoint(str(tmp_path / "hf"), str(tmp_path / f"n{n}"), n)
         export_hf(str(tmp_path / f"n{n}"), str(tmp_path / f"back{n}"))
@@ -139,6 +141,19 @@ def test_a_template_in_a_json_file_of_its_own_goes_along(world_of_one, tmp_path)
     (tmp_path / "hf" / "chat_template.json").write_text('{"chat_template": "hi"}')
     split_checkpoint(str(tmp_path / "hf"), str(tmp_path / "n2"), 2)
     assert load_tokenizer(tmp_path / "n2").chat_template == "hi"
+
+
+def test_every_file_of_a_tokenizer_goes_along_and_no_other(tmp_path):
+    from llama_rlhf.checkpoint.shards import copy_companions
+    names = ["tokenizer.model", "tokenizer.model.v1", "tokenizer.model.v3", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+             "vocab.json", "merges.txt", "qwen.tiktoken", "tokenizer.bytes.json", "chat_template.jinja", "chat_template.json", "generation_config.json"]
+    for name in ("from", "to"):
+        (tmp_path / name).mkdir()
+    for name in (*names, "README.md", "config.json", "pytorch_model.bin"):
+        (tmp_path / "from" / name).write_text(name)
+    assert copy_companions(str(tmp_path / "from"), str(tmp_path / "to")) == \
+        {name: {"size": len(name), "sha256": hashlib.sha256(name.encode()).hexdigest()} for name in names}
+    assert {path.name: path.read_text() for path in (tmp_path / "to").iterdir()} == {name: name for name in names}
 
 
 @pytest.mark.parametrize("generation", [None, {"do_sample": True}])

@@ -269,6 +269,16 @@ def test_foreign_and_missing_tensors_are_named(world_of_one, tmp_path):
         view_of(tmp_path)
 
 
+def test_a_config_of_too_many_layers_is_refused_before_they_are_laid_out(world_of_one, tmp_path):
+    from llama_rlhf.checkpoint.formats import CheckpointError
+    from llama_rlhf.checkpoint.shards import load_model
+    make_hf(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1000}))
+    with pytest.raises(CheckpointError, match=r"the config asks for \d{8} parameters, the files hold \d{5}\."):
+        load_model(str(tmp_path))
+
+
 def test_a_head_that_differs_from_the_embedding_is_used_although_the_config_ties_them(world_of_one, tmp_path):
     """As transformers 5 does. An exporter that saved the tied head again leaves them one."""
     from llama_rlhf.checkpoint.convert import load_config

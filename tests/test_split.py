@@ -160,12 +160,14 @@ def test_adapters_and_value_head_go_along_at_any_number_of_shards(world_of_one, 
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p))
-    save_model(model, str(tmp_path / "n1"), companions=str(tmp_path / "hf"))
+    score = {"loss": "bce", "form": "sigmoid", "offset": 0.5, "scale": 2.0}
+    save_model(model, str(tmp_path / "n1"), companions=str(tmp_path / "hf"), score=score)
     names = ["n1"]
     for n in (2, 6, 4, 3, 1):
         names.append(f"{names[-1]}-{n}")
         split_checkpoint(str(tmp_path / names[-2]), str(tmp_path / names[-1]), n)
     assert hashes(tmp_path / names[-1]) == hashes(tmp_path / "n1")
+    assert load_model(str(tmp_path / names[-1]), ValueModel).score == score, "what normalises a reward model's scores"
     (stored,) = (tensors_of(tmp_path / "n1" / name) for name in hashes(tmp_path / "n1"))
     assert stored["layers.0.attention.wq.lora_b"].shape == (60, 3) and stored["value_head.weight"].dtype == torch.float32
 
@@ -208,6 +210,9 @@ def test_metas_shards_without_manifest_are_read(world_of_one, tmp_path):
     split_checkpoint(str(tmp_path / "meta"), str(tmp_path / "n3"), 3)
     split_checkpoint(str(tmp_path / "n3"), str(tmp_path / "back"), 1)
     assert hashes(tmp_path / "back") == hashes(tmp_path / "n1")
+    torch.save({name: x for name, x in tensors_of(tmp_path / "meta/consolidated.01.pth").items() if name != "norm.weight"}, tmp_path / "meta/consolidated.01.pth")
+    with pytest.raises(ValueError, match="consolidated.01.pth: lacks norm.weight, which consolidated.00.pth has"):
+        split_checkpoint(str(tmp_path / "meta"), str(tmp_path / "out"), 3)
 
 
 def test_every_container_gives_the_same_shards(world_of_one, tmp_path):

@@ -128,6 +128,31 @@ def test_a_step_is_adamw_with_clipping_and_decay_of_matrices_only(limit, world_o
         assert (p - weights[name]).abs().max() < 2e-5, name        # fp32; steps of 1e-2
 
 
+def test_gradients_of_adapters_are_those_of_the_merged_weights_by_the_chain_rule(world_of_one, tmp_path):
+    """W + s B A: dA = s B^T dW, dB = s dW A^T. Layouts are compared with each other elsewhere, and could all be wrong."""
+    from llama_rlhf.checkpoint.shards import load_model, save_model
+    from llama_rlhf.parallel.layers import Lora, piece_of, walk
+    from llama_rlhf.trainer import response_logprobs
+    make_hf(tmp_path / "hf", "llama-9-3")
+    model = load_model(str(tmp_path / "hf"), lora=Lora(3, 7.5))
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        if "lora_b" in name:
+            p.data.normal_(std=0.1)
+    save_model(model, str(tmp_path / "lora"), companions=str(tmp_path / "hf"))
+    gradients = []
+    for trained in (model, load_model(str(tmp_path / "lora"))):
+        response_logprobs(trained, [row for row, _ in ROWS], [n for _, n in ROWS]).sum().backward()
+        gradients.append({native: piece_of(p.grad, piece) for *_, p, pieces in walk(trained) if p.grad is not None for native, piece in pieces})
+    values = {native: piece_of(p.detach(), piece) for *_, p, pieces in walk(model) for native, piece in pieces}
+    assert len(gradients[0]) == 2 * 2 * 7
+    for native, found in gradients[0].items():
+        module, half = native.rsplit(".", 1)
+        whole = gradients[1][f"{module}.weight"]
+        expected = 2.5 * (values[f"{module}.lora_b"].t() @ whole if half == "lora_a" else whole @ values[f"{module}.lora_a"].t())
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()), native
+
+
 @pytest.mark.parametrize("splits", [[[0], [1], [2], [3]], [[3, 1], [0, 2]], [[0, 1, 2], [3]], [[0, 1, 2, 3], []]])
 def test_any_split_into_micro_batches_gives_the_same_gradient(splits, tmp_path):
     make_hf(tmp_path, "llama")
@@ -144,10 +169,12 @@ def test_data_parallel_equals_one_replica(tmp_path):
     one = run_ranks(1, train, str(tmp_path), -1, [[0, 1, 2, 3]], 3, 1)
     for n, tp in ((2, 1), (4, 2)):
         many = run_ranks(n, train, str(tmp_path), -1, [[0, 1, 2, 3]], 3, tp)
-        a, b = merged(one, 1), merged(many[:tp], 1)
-        for native in a:
-            assert (a[native] - b[native]).abs().max() < 1e-5, native
+        for which in (0, 1):            # gradients too: clipping and Adam would forgive a wrong factor
+            a, b = merged(one, which), merged(many[:tp], which)
+            for native in a:
+                assert (a[native] - b[native]).abs().max() < 1e-5, (which, native)
         assert many[0][1] == many[tp][1], "replicas drifted apart"
+        assert many[0][2] == pytest.approx(one[0][2]) and many[0][3] == pytest.approx(one[0][3], rel=1e-4)
 
 
 @pytest.mark.parametrize("what, lora_rank", [("all", -1), ("mlp", -1), ("2", -1), ("all", 4), ("mlp", 4)])
