@@ -288,6 +288,21 @@ def test_fused_modules_share_their_a_and_part_their_b(world_of_one, tmp_path):
             assert (logits_of(load_model(str(tmp_path / "n2"), lora=lora), [ROW]) - expected).abs().max() < 1e-4
 
 
+def test_an_adapter_of_a_first_generation_qwen_is_parted_into_q_k_and_v(world_of_one, tmp_path):
+    """Its c_attn has q, k and v one below the other; q and k stand in rotary order."""
+    from llama_rlhf.checkpoint.convert import half_to_interleaved
+    make_hf(tmp_path / "hf", "qwen1")
+    prefix, b = "base_model.model.transformer.h.1.attn.c_attn", torch.arange(3 * 48 * 2.0).view(144, 2)
+    os.makedirs(tmp_path / "peft")
+    save_file({f"{prefix}.lora_A.weight": torch.ones(2, 48), f"{prefix}.lora_B.weight": b}, tmp_path / "peft/adapter_model.safetensors")
+    (tmp_path / "peft/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["c_attn"]}))
+    split_checkpoint(str(tmp_path / "hf"), str(tmp_path / "n1"), 1, adapter=str(tmp_path / "peft"))
+    stored = torch.load(tmp_path / "n1/consolidated.00.pth", weights_only=True)
+    for name, rows in (("wq", half_to_interleaved(b[:48], 12)), ("wk", half_to_interleaved(b[48:96], 12)), ("wv", b[96:])):
+        assert torch.equal(stored[f"layers.1.attention.{name}.lora_b"], rows) and not stored[f"layers.0.attention.{name}.lora_b"].any()
+        assert torch.equal(stored[f"layers.1.attention.{name}.lora_a"], torch.ones(2, 48))
+
+
 def test_adapters_of_fused_layers_of_their_own_become_one_of_three_times_the_rank(world_of_one, tmp_path):
     peft = pytest.importorskip("peft")
     base = make_hf(tmp_path / "hf", "bloom")
@@ -313,9 +328,10 @@ def test_peft_options_that_would_be_lost_are_named_and_refused(world_of_one, tmp
         split_checkpoint(str(tmp_path / base), str(tmp_path / "out"), 2, adapter=str(tmp_path / folder))
 
     shutil.copytree(tmp_path / "peft", tmp_path / "bad")
-    for key, value in dict(use_dora=True, rank_pattern={"q_proj": 8}, alpha_pattern={"q_proj": 8}, modules_to_save=["lm_head"], bias="all",
+    changes_base = [("init_lora_weights", name) for name in ("pissa", "olora", "corda", "loftq", "lora_ga")]
+    for key, value in changes_base + list(dict(use_dora=True, rank_pattern={"q_proj": 8}, alpha_pattern={"q_proj": 8}, modules_to_save=["lm_head"], bias="all",
                            fan_in_fan_out=True, init_lora_weights="pissa_niter_4", lora_bias=True, trainable_token_indices=[1],
-                           something_new_in_2030=True, peft_type="IA3", r=0).items():
+                           something_new_in_2030=True, peft_type="IA3", r=0).items()):
         with open(tmp_path / "bad" / "adapter_config.json", "w") as file:
             json.dump({**options, key: value}, file)
         with pytest.raises(CheckpointError, match=f"{key}|{value}" if key != "r" else "r=0"):

@@ -584,6 +584,25 @@ def generation_leaves_weights_alone(folder):
     return all(torch.equal(a, b) for a, b in zip(before, model.parameters())), [row[0].tokens for row in held], [row[0].tokens for row in plain]
 
 
+def test_weights_prepared_for_generation_are_dropped_after_it(world_of_one, tmp_path):
+    """Else a policy would be trained by what it was before its last step: logits after a change are those of the changed weights, even where generation failed."""
+    from llama_rlhf.checkpoint.shards import load_model
+    from llama_rlhf.parallel.layers import Lora, weights_held
+    from llama_rlhf.trainer import response_logprobs
+    make_hf(tmp_path, "llama")
+    model, other = (load_model(str(tmp_path), lora=Lora(2, 4.0), seed=1) for _ in range(2))
+    see = lambda model: response_logprobs(model, [ROWS[0][0]], [ROWS[0][1]])  # noqa: E731
+    with torch.no_grad():
+        with pytest.raises(KeyError):
+            with weights_held(model, 4):
+                assert torch.allclose(see(model), see(other), atol=1e-5)
+                raise KeyError
+        for name, p in [*model.named_parameters(), *other.named_parameters()]:
+            if "lora_b" in name:
+                p.fill_(0.3)
+        assert torch.equal(see(model), see(other))
+
+
 def test_generation_with_prepared_weights_gives_the_same_tokens_and_changes_no_weight(tmp_path):
     make_hf(tmp_path, "llama")
     for n in (1, 2):
