@@ -257,3 +257,11 @@ def test_a_frozen_base_is_shared_only_where_it_is_the_same_to_the_bit(world_of_o
     own = {name for name, p in beside.named_parameters() if p is not donor[name]}
     assert own == {name for name, p in donor.items() if p.requires_grad} | {"layers.1.feed_forward.w2.weight"}
     assert all(torch.equal(p, q) for p, q in zip(beside.parameters(), alone.parameters()))
+
+
+def test_ranges_follow_each_other_and_differ_by_one_at_most():
+    from llama_rlhf.parallel.partition import even_ranges
+    for size, n in itertools.product((1, 7, 10, 11, 100), (1, 3, 4, 16)):
+        ranges = even_ranges(size, n)
+        lengths = [stop - start for start, stop in ranges]
+        assert [i for start, stop in ranges for i in range(start, stop)] == list(range(size)) and len(ranges) == n and max(lengths) - min(lengths) <= 1
