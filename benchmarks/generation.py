@@ -203,7 +203,7 @@ def main():
     parser.add_argument("--batch", type=int, default=64, help="rows at once of job and samples")
     parser.add_argument("--own_batch", type=int, default=-1, help="of our side of job, where it is to be another")
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--peer_attention", default="", choices=["", "eager", "sdpa"], help="default: eager in bf16, sdpa in fp32: what is faster here")
+    parser.add_argument("--peer_attention", default="", choices=["", "eager", "sdpa"], help="default: what is faster here, eager while decoding in bf16, else sdpa")
     parser.add_argument("--cache", default=None, help="of the peer: None (dynamic) or static")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -220,8 +220,7 @@ def main():
     if not {"decode", "job", "samples"} & set(asked):
         return
     model = load_model(args.model, dtype=groups.default_dtype(args.dtype))
-    peer = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=model.dtype, attn_implementation=args.peer_attention or (
-        "eager" if args.dtype == "bf16" else "sdpa")).eval()
+    peer = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=model.dtype).eval()
     tokenizer = load_tokenizer(args.model)
     prompts = [encode_prompt(tokenizer, problem.prompt, use_chat_template=True) for problem in get_task("GSM8K").load(args.label_file)[:args.n_questions]]
     mine = ours(model, prompts[:8], max_new_tokens=16, batch=8, eos=tokenizer.eos_ids)
@@ -229,7 +228,9 @@ def main():
     print(f"outputs compared: {same} of 8 greedy answers of 16 tokens are the same ({args.dtype})", flush=True)
     agree("the same answers of 8", {"seen": same, "wanted": 8}, {"fp32": 0, "bf16": 5}[args.dtype])      # bf16 rounds: a text parts where two tokens are nearly alike
     if "decode" in asked:
+        peer.set_attn_implementation(args.peer_attention or ("eager" if args.dtype == "bf16" else "sdpa"))
         decode(model, peer, args)
+    peer.set_attn_implementation(args.peer_attention or "sdpa")
     if "job" in asked:
         facts = Statistics()
         options = dict(max_new_tokens=args.max_new_tokens, batch=args.batch, eos=tokenizer.eos_ids)

@@ -1,6 +1,9 @@
 """Our decoder computes what transformers computes, at any number of ranks. fp32; logits within 1e-4 (sums in another order)."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -92,6 +95,13 @@ def test_a_cache_keeps_what_its_slots_hold_while_its_room_changes(world_of_one):
         holds(room, most=60 if longest == 60 or room == 192 else 300)
 
 
+def test_a_model_is_imported_without_torch_s_compiler():
+    """It came along with the attention that GPUs take, and was half of the time to the first token on a CPU."""
+    loaded = subprocess.run([sys.executable, "-c", "import sys, llama_rlhf.api; print('torch._dynamo' in sys.modules)"], capture_output=True, text=True,
+                            cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    assert loaded.stdout == "False\n", loaded.stderr
+
+
 def varlen_attn_as_documented(q, k, v, ends_q, ends_k, max_q, max_k, *, window_size, enable_gqa):
     """torch.nn.attention.varlen.varlen_attn, which runs on a GPU only, from its documentation."""
     assert ends_q.dtype == torch.int32 and max_q == max_k == ends_q.diff().max() and enable_gqa
@@ -127,7 +137,7 @@ def test_every_form_of_attention_gives_the_same_values_and_gradients(world_of_on
             results.append([out, *torch.autograd.grad((out * weight).sum(), inputs)])
     if not bias:
         monkeypatch.setattr(attention, "_takes_any_lengths", lambda q: True)
-        monkeypatch.setattr(attention, "_varlen_attn", varlen_attn_as_documented)
+        monkeypatch.setattr(attention, "_varlen", lambda: (varlen_attn_as_documented, True))
         out = attention.packed_attention(*inputs, attention.Rows.packed(lengths), None, window, None)
         results.append([out, *torch.autograd.grad((out * weight).sum(), inputs)])
     q, k, v = inputs

@@ -15,16 +15,6 @@ import torch.nn.functional as F
 
 from llama_rlhf.parallel import groups
 
-_varlen_attn: Any = None
-_groups_heads = False
-try:
-    from torch.nn.attention.varlen import varlen_attn
-    _arguments = inspect.signature(varlen_attn).parameters
-    if "window_size" in _arguments:         # older torch: no such module, or fewer arguments
-        _varlen_attn, _groups_heads = varlen_attn, "enable_gqa" in _arguments
-except ImportError:
-    pass
-
 # on a CPU products beat the fused kernel, most of all in backward (benchmarks/kernels.py); in fp32 up to rows of
 _PRODUCTS_FP32 = 1024
 _QUERIES = 128              # of a row that attend together in products: the keys after the last of them are left out
@@ -188,11 +178,11 @@ def packed_attention(q, k, v, rows: Rows, kv_of_query: torch.Tensor | None, wind
     if not q.is_cuda and (q.dtype != torch.float32 or max(rows.lengths) <= _PRODUCTS_FP32):
         return _ProductAttention.apply(q, k, v, rows.grids, window, bias)
     if bias is None and _takes_any_lengths(q):
-        longest, grouped = max(rows.lengths), q.shape[1] != k.shape[1]
-        if grouped and not _groups_heads:
+        (attend, shares_heads), longest, grouped = _varlen(), max(rows.lengths), q.shape[1] != k.shape[1]
+        if grouped and not shares_heads:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        return _varlen_attn(q, k, v, rows.ends, rows.ends, longest, longest, window_size=(-1 if window is None else window - 1, 0),
-                            **({"enable_gqa": grouped} if _groups_heads else {}))
+        return attend(q, k, v, rows.ends, rows.ends, longest, longest, window_size=(-1 if window is None else window - 1, 0),
+                      **({"enable_gqa": grouped} if shares_heads else {}))
     out = [_fused(q[grid.tokens], k[grid.tokens], v[grid.tokens], grid, window, bias) for grid in rows.grids]
     return out[0] if len(out) == 1 else torch.cat(out)
 
@@ -221,10 +211,22 @@ def _sees(here: slice, seen: slice, window: int | None, device: torch.device) ->
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
+@functools.cache
+def _varlen() -> tuple[Any, bool]:
+    """torch's flash attention over packed rows, and whether its heads may share keys; None where torch is older. Not imported above: that takes a second
+    (it brings torch's compiler), and only GPUs need it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None, False
+    arguments = inspect.signature(varlen_attn).parameters
+    return (varlen_attn, "enable_gqa" in arguments) if "window_size" in arguments else (None, False)
+
+
 def _takes_any_lengths(q: torch.Tensor) -> bool:
     """Whether torch's flash attention over packed rows computes it: half precision, Ampere or later."""
-    return _varlen_attn is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 \
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256 \
+        and torch.cuda.get_device_capability(q.device) >= (8, 0) and _varlen()[0] is not None
 
 
 def _fused(q, k, v, grid: Grid, window: int | None, bias: torch.Tensor | None) -> torch.Tensor:
