@@ -172,7 +172,7 @@ def _pass_bytes(model: CausalLM, n_slots: int, longest: int) -> int:
     inside = max((config.n_heads + 2 * config.n_kv_heads) * config.head_dim, config.ffn_dim * max(1, config.n_active_experts)) // tp
     tokens = min(_PREFILL_TOKENS + longest, n_slots * longest)
     each = 28 if groups.device().type == "cpu" else 8       # bytes, measured: freed blocks of a CPU do not fit what comes next
-    return tokens * (3 * config.dim * model.dtype.itemsize + inside * each) + n_slots * config.vocab_size // tp * 20
+    return tokens * (6 * config.dim * model.dtype.itemsize + inside * each) + n_slots * config.vocab_size // tp * 20
 
 
 def _largest(make: Callable[[int], _Batch], asked: int, n: int) -> _Batch:
