@@ -52,7 +52,7 @@ def _ask(request):
         pass                # it is gone
     except BaseException:   # Ctrl-C: its answer would be taken for that to the next request
         process.kill()
-        _worker = None
+        process.wait()
         raise
     if not answer:
         process.kill()

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 from ranks import run_script
@@ -200,6 +201,18 @@ def test_a_score_that_takes_for_ever_ends(gym, monkeypatch):
     problem = task.load("test:1")[0]
     assert task.score(problem, "<answer>9**9**9**9</answer>", True)["score"] == 0
     assert task.score(problem, problem.label, True)["score"] == 1, "the process is there again"
+
+
+def test_an_interrupted_score_is_not_the_answer_to_the_next(gym, monkeypatch):
+    """As with chat templates: after Ctrl-C in a notebook every answer was that to the request before."""
+    from llama_rlhf.tasks import reasoning_gym
+    task = gym("reasoning_gym:countdown")
+    problem = task.load("test:1")[0]
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(reasoning_gym.pickle, "load", mock.Mock(side_effect=KeyboardInterrupt))
+        task.score(problem, problem.label, True)
+    assert task.score(problem, "<answer>1</answer>", True)["score"] < 1
+    assert task.score(problem, problem.label, True)["score"] == 1
 
 
 @pytest.mark.parametrize("name, message", [

@@ -109,6 +109,10 @@ class ReasoningGym:
             if request[0] == "score":
                 return 0.0
             raise RuntimeError(f"the process that makes {self.name}'s problems ended with code {process.returncode}") from None
+        except BaseException:   # Ctrl-C: its answer would be taken for that to the next request
+            process.kill()
+            process.wait()
+            raise
         if kind == "error":
             raise ValueError(value)
         return value
