@@ -226,9 +226,9 @@ def main():
     mine = ours(model, prompts[:8], max_new_tokens=16, batch=8, eos=tokenizer.eos_ids)
     same = sum(a == b for a, b in zip(mine, theirs(peer, prompts[:8], max_new_tokens=16, batch=8, eos=tokenizer.eos_ids)))
     print(f"outputs compared: {same} of 8 greedy answers of 16 tokens are the same ({args.dtype})", flush=True)
-    agree("the same answers of 8", {"seen": same, "wanted": 8}, {"fp32": 0, "bf16": 5}[args.dtype])      # bf16 rounds: a text parts where two tokens are nearly alike
+    agree("the same answers of 8", {"seen": same, "wanted": 8}, 0 if model.dtype == torch.float32 else 5)      # bf16 rounds: a text parts where two tokens are nearly alike
     if "decode" in asked:
-        peer.set_attn_implementation(args.peer_attention or ("eager" if args.dtype == "bf16" else "sdpa"))
+        peer.set_attn_implementation(args.peer_attention or ("eager" if model.dtype == torch.bfloat16 else "sdpa"))
         decode(model, peer, args)
     peer.set_attn_implementation(args.peer_attention or "sdpa")
     if "job" in asked:

@@ -217,7 +217,7 @@ def main():
     parser.add_argument("--max_seq_len", type=int, default=512)
     parser.add_argument("--micro_batch", type=int, default=16)
     parser.add_argument("--peer_micro_batch", type=int, default=4)
-    parser.add_argument("--peer_attention", default="", choices=["", "sdpa", "eager"], help="default: eager in bf16, sdpa in fp32: what is faster here")
+    parser.add_argument("--peer_attention", default="", choices=["", "sdpa", "eager"], help="default: eager in bf16, sdpa in fp32")
     parser.add_argument("--n_steps", type=int, default=3, help="counted ones")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--side", default="", help=argparse.SUPPRESS)

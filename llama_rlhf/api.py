@@ -80,8 +80,7 @@ def generate(model: LanguageModel, prompts, **options):
       statistics, on_step, request_ids: see generation.generate
     Returns a Response where one prompt is given and n_samples is 1, else a list in place of each of the two.
     """
-    prompts = _plain(prompts)
-    single = isinstance(prompts, str) or len(prompts) > 0 and isinstance(prompts[0], (int, dict))
+    single = isinstance(prompts, str) or len(prompts) > 0 and isinstance(_plain(prompts[0]), (int, dict))
     answers: list = respond(model, [prompts] if single else prompts, **options)
     if options.get("n_samples", 1) == 1:
         answers = [samples[0] for samples in answers]
