@@ -7,19 +7,23 @@ straight line in their number, and the full model lies on it.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
+from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from llama_rlhf import losses
 from llama_rlhf.config import ModelConfig
 from llama_rlhf.generation import _PREFILL_TOKENS
+from llama_rlhf.models import transformer
 from llama_rlhf.models.transformer import CausalLM, Rows, Transformer, recompute_period
 from llama_rlhf.parallel import groups
 from llama_rlhf.parallel.gradients import BUCKET_BYTES, BUCKETS_TRAVELLING
@@ -75,10 +79,22 @@ def _model(model_class: type[_M], config: ModelConfig, lora: Lora | None, dtype:
     return model
 
 
+@contextlib.contextmanager
+def _sizes_only():
+    """Inside, tensors have no storage, and what goes by blocks of rows goes through the first two only: no other takes more than the
+    second, made while the first is still there."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        for module in (losses, transformer):
+            blocks = module._row_blocks
+            stack.enter_context(patch.object(module, "_row_blocks", lambda *args, blocks=blocks: blocks(*args)[:2]))
+        yield
+
+
 def _over_layers(config: ModelConfig, numbers, period: int = 1) -> Counter:
     """numbers(config) -> {name: bytes} for the full config, from two small numbers of layers, `period` apart."""
     first = (config.n_layers - 1) % period + 1 + period
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _sizes_only():
         if config.n_layers <= first + period:
             return Counter(numbers(config))
         a, b = (numbers(replace(config, n_layers=n)) for n in (first, first + period))
@@ -139,7 +155,7 @@ def passes(config: ModelConfig, rows: list[tuple[int, int]], *, model_class=Caus
 
     found = _over_layers(config, numbers, recompute_period(recompute) or 1)
     if trains and zero and groups.dp_size() > 1:        # whole parameters are shared out: no sum over layers
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with _sizes_only():
             found["optimizer"] = largest_share(_model(model_class, config, lora, dtype, True), precision)
     found["peak"] = max(found[phase] for phase in (*_PHASES, "update"))
     return found

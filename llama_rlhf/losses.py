@@ -16,6 +16,9 @@ def _slices(n: int, rows: int) -> list[slice]:
     return [slice(i, min(n, i + rows)) for i in range(0, n, max(1, rows))]
 
 
+_row_blocks = _slices       # a plan looks at the first ones only (see footprint)
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """log p(target) and, on request, the entropy, from hidden states and this rank's rows of the head.
 
@@ -39,7 +42,7 @@ class _TokenLogprobs(torch.autograd.Function):
         held = hidden.new_empty(max((c.stop - c.start for c in chunks), default=0), vocab)      # one block for all chunks
         for c in chunks:
             logits = torch.mm(hidden[c], weight.t(), out=held[:c.stop - c.start])
-            for part in _slices(len(logits), block):
+            for part in _row_blocks(len(logits), block):
                 b = slice(c.start + part.start, c.start + part.stop)
                 z = logits[part].float()
                 z = z / temperature if temperature != 1 else z
@@ -73,7 +76,7 @@ class _TokenLogprobs(torch.autograd.Function):
         held = None if kept is not None else hidden.new_empty(n * (columns[0].stop - columns[0].start))
         for v in columns:
             logits = kept if held is None else torch.mm(hidden, weight[v].t(), out=held[:n * (v.stop - v.start)].view(n, v.stop - v.start))
-            for b in _slices(n, max(1, ctx.block * vocab // max(1, logits.shape[1]))):
+            for b in _row_blocks(n, max(1, ctx.block * vocab // max(1, logits.shape[1]))):
                 logp = torch.sub(logits[b] if ctx.temperature == 1 else logits[b].float() / ctx.temperature, lse[b, None])      # fp32, as lse
                 if entropy is not None and g_entropy is not None:
                     p = logp.exp()

@@ -47,6 +47,11 @@ class Grid:
             return None
         return torch.cat([torch.arange(n) + i * self.longest for i, n in enumerate(self.lengths)]).to(self.device)
 
+    @functools.cached_property
+    def gaps(self) -> torch.Tensor:
+        """The other places."""
+        return torch.cat([torch.arange(n, self.longest) + i * self.longest for i, n in enumerate(self.lengths)]).to(self.device)
+
     def routes(self, n_heads: int, width: int, ends: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
         """How the heads of the tokens come to stand as products take them, and back: stretch by stretch of the positions between `ends`, there
         [rows, n_heads, positions]. Made once for all blocks.
@@ -57,8 +62,9 @@ class Grid:
         """
         key = n_heads, width, ends
         if key not in self._routes:
-            begins, device = list(itertools.accumulate(self.lengths, initial=0)), self.device
-            tokens = torch.stack([begin + torch.arange(self.longest, device=device).clamp(max=n - 1) for begin, n in zip(begins, self.lengths)])
+            device = self.device
+            begins, lengths = torch.tensor([[*itertools.accumulate(self.lengths[:-1], initial=0)], self.lengths], device=device)[..., None]
+            tokens = begins + torch.arange(self.longest, device=device).minimum(lengths - 1)
             source = tokens[:, None] * width + torch.arange(n_heads, device=device)[:, None]              # [rows, heads, positions]
             there, place, first = [], torch.empty_like(source), 0
             for start, stop in itertools.pairwise(ends):
@@ -66,9 +72,9 @@ class Grid:
                 place[..., start:stop] = torch.arange(first, first + part.numel(), device=device).view(part.shape)
                 there.append(part.flatten())
                 first += part.numel()
-            place = place.transpose(1, 2)
-            self._routes[key] = (torch.cat(there), torch.cat([row[:n].flatten() for row, n in zip(place, self.lengths)]),
-                                 torch.cat([row[n:].flatten() for row, n in zip(place, self.lengths)]))
+            place = place.transpose(1, 2).flatten(0, 1)
+            went, behind = (place, place[:0]) if self.cells is None else (place[self.cells], place[self.gaps])
+            self._routes[key] = torch.cat(there), went.flatten(), behind.flatten()
         return self._routes[key]
 
     def spread(self, x: torch.Tensor, ends: tuple[int, ...], *, with_zeros: bool = False) -> torch.Tensor:
