@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
+from llama_rlhf.models.attention import run_together
 from llama_rlhf.parallel.layers import product_back
 from llama_rlhf.parallel.regions import all_reduce_
 
@@ -118,11 +121,8 @@ def prediction_rows(lengths: list[int], prompt_lengths: list[int]) -> tuple[torc
     """
     if any(p < 1 for p in prompt_lengths):
         raise ValueError("a row needs at least one prompt token: nothing precedes, hence predicts, the first token")
-    targets, offset = [], 0
-    for length, prompt in zip(lengths, prompt_lengths):
-        targets.append(torch.arange(offset + prompt, offset + length))
-        offset += length
-    tokens = torch.cat(targets) if targets else torch.zeros(0, dtype=torch.long)
+    begins = itertools.accumulate(lengths, initial=0)
+    tokens = run_together([begin + prompt for begin, prompt in zip(begins, prompt_lengths)], [length - prompt for length, prompt in zip(lengths, prompt_lengths)])
     return tokens - 1, tokens
 
 

@@ -54,8 +54,11 @@ def run_ranks(n, function, *args, timeout=180, gpus=False):
     return [results[rank] for rank in range(n)]
 
 
-def _script(name, flags):
-    """Run a top-level script's main in this process as `python name --flags` would, through the command-line checks."""
+def _script(name, flags, plans=False):
+    """Run a top-level script's main in this process as `python name --flags` would, through the command-line checks.
+
+    plans: at its end it lays a plan beside the memory it took, which takes two seconds.
+    """
     import io
     import runpy
     import sys
@@ -66,8 +69,10 @@ def _script(name, flags):
     sys.path.insert(0, root)
     out, err = io.StringIO(), io.StringIO()
     code = 0
-    from llama_rlhf import cli
+    from llama_rlhf import cli, plan
     cli._exit = sys.exit                # keep the process, to report
+    if not plans:
+        plan.report_memory = lambda *_: None
     with redirect_stdout(out), redirect_stderr(err):
         try:
             runpy.run_path(os.path.join(root, name), run_name="__main__")
@@ -76,7 +81,7 @@ def _script(name, flags):
     return code, out.getvalue(), err.getvalue()
 
 
-def run_script(n, name, /, *, wait=180, **flags):
+def run_script(n, name, /, *, wait=180, plans=False, **flags):
     """[(exit code, stdout, stderr) of each rank] of a script on n gloo ranks, without paying for n interpreter starts."""
     flags = {"device": "cpu", "write_report": False, **flags} if name != "checkpoint_split.py" else flags      # drawing takes seconds
-    return run_ranks(n, _script, name, flags, timeout=wait, gpus=flags.get("device") == "cuda")
+    return run_ranks(n, _script, name, flags, plans, timeout=wait, gpus=flags.get("device") == "cuda")

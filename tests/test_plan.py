@@ -151,14 +151,16 @@ def test_roles_share_a_base_only_with_adapters():
     assert totals[-1] == pytest.approx(4 * 0.269, rel=0.01) and totals[16] < 0.269 + 4 * 0.025
 
 
-@pytest.mark.parametrize("script,more", [("solver_train.py", {}), ("verifier_train.py", {"lora_rank": 4}), ("solver_evaluate.py", {})])
+@pytest.mark.parametrize("script,more", [("solver_train.py", {}), ("verifier_train.py", {"lora_rank": 4}), ("solver_evaluate.py", {}),
+                                         ("ppo_train.py", {"lora_rank": 4, "max_buffer_size": 4, "minibatch_size": 4, "max_new_tokens": 4, "max_iterations": 1, "dtype": "fp32"})])
 def test_a_run_records_planned_and_measured_bytes(script, more, tmp_path):
     make_hf(tmp_path / "hf", "llama-9-3", vocab_size=263, max_position_embeddings=96)
     add_bytes_tokenizer(tmp_path / "hf")
     (tmp_path / "train.json").write_text(json.dumps([{"instruction": f"{a}+1?", "output": f"{a}+1={a + 1}\n#### {a + 1}"} for a in range(8)]))
-    where = dict(log_dir=tmp_path / "log", label_file=tmp_path / "train.json", max_new_tokens=4) if script == "solver_evaluate.py" else \
-        dict(save_dir=tmp_path / "run", log_dir=tmp_path / "log", train_file=tmp_path / "train.json", max_seq_len=96, max_steps=2, zero=1, model_parallel_size=1)
-    ranks = run_script(2, script, ckpt_dir=tmp_path / "hf", **where, **more)
+    where = {"solver_evaluate.py": dict(ckpt_dir=tmp_path / "hf", label_file=tmp_path / "train.json", max_new_tokens=4),
+             "ppo_train.py": dict(actor_ckpt_dir=tmp_path / "hf", actor_save_dir=tmp_path / "run", train_file=tmp_path / "train.json")}.get(script) or \
+        dict(ckpt_dir=tmp_path / "hf", save_dir=tmp_path / "run", train_file=tmp_path / "train.json", max_seq_len=96, max_steps=2, zero=1, model_parallel_size=1)
+    ranks = run_script(2, script, plans=True, log_dir=tmp_path / "log", **where, **more)
     assert all(code == 0 for code, *_ in ranks), ranks
     assert "memory of this rank: planned" in ranks[0][1] and ranks[1][1] == ""
     if script == "solver_evaluate.py":

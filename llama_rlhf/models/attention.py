@@ -45,12 +45,12 @@ class Grid:
         """[N] the tokens' places among rows x longest; None: they fill it."""
         if min(self.lengths) == self.longest:
             return None
-        return torch.cat([torch.arange(n) + i * self.longest for i, n in enumerate(self.lengths)]).to(self.device)
+        return run_together([i * self.longest for i in range(self.n_rows)], self.lengths).to(self.device)
 
     @functools.cached_property
     def gaps(self) -> torch.Tensor:
         """The other places."""
-        return torch.cat([torch.arange(n, self.longest) + i * self.longest for i, n in enumerate(self.lengths)]).to(self.device)
+        return run_together([i * self.longest + n for i, n in enumerate(self.lengths)], [self.longest - n for n in self.lengths]).to(self.device)
 
     def routes(self, n_heads: int, width: int, ends: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
         """How the heads of the tokens come to stand as products take them, and back: stretch by stretch of the positions between `ends`, there
@@ -103,6 +103,13 @@ class Grid:
         return mask
 
 
+def run_together(starts: list[int], lengths: list[int]) -> torch.Tensor:
+    """start, start + 1, ... of each row, so many as its length, row after row: [sum of lengths], on the CPU."""
+    total = sum(lengths)
+    begins = torch.tensor(list(zip(starts, itertools.accumulate(lengths, initial=0), lengths)), dtype=torch.long).view(-1, 3)
+    return torch.arange(total) + (begins[:, 0] - begins[:, 1]).repeat_interleave(begins[:, 2], output_size=total)
+
+
 @dataclass
 class Rows:
     """How the packed token axis divides into rows.
@@ -120,7 +127,7 @@ class Rows:
 
     @classmethod
     def packed(cls, lengths: list[int], device=None, prompts: list[int] | None = None, *, behind: int = 0) -> Rows:
-        positions = torch.cat([torch.arange(behind, behind + n) for n in lengths]) if lengths else torch.zeros(0, dtype=torch.long)
+        positions = run_together([behind] * len(lengths), lengths)
         return cls(list(lengths), positions.to(device or groups.device()), prompts, behind)
 
     def by_length(self) -> tuple[Rows, torch.Tensor | None]:
@@ -129,7 +136,7 @@ class Rows:
         if order == list(range(len(order))):
             return self, None
         ends = list(itertools.accumulate(self.lengths))
-        tokens = torch.cat([torch.arange(ends[i] - self.lengths[i], ends[i]) for i in order]).to(self.positions.device)
+        tokens = run_together([ends[i] - self.lengths[i] for i in order], [self.lengths[i] for i in order]).to(self.positions.device)
         prompts = None if self.prompts is None else [self.prompts[i] for i in order]
         return Rows([self.lengths[i] for i in order], self.positions[tokens], prompts), tokens
 
