@@ -326,11 +326,16 @@ def words(flags):
     return [word for key, value in {"device": "cpu", "dtype": "fp32", **flags}.items() for word in (f"--{key}", str(value))]
 
 
+def _shared_files() -> set[str]:
+    """This toolkit's in /dev/shm; other programs make theirs meanwhile."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith("llama_rlhf-")}
+
+
 def soak(folder, toy, args):
     steps = 60 if args.quick else 300
     script, flags = flags_of("SFT", toy, folder / "whole", accumulation_steps=1, epochs=steps // 10, save_steps=5)
     assert run(script, flags, 2, folder=folder, timeout=900).ok
-    mark, shared = f"soak-{os.getpid()}", set(os.listdir("/dev/shm"))
+    mark, shared = f"soak-{os.getpid()}", _shared_files()
     plan = json.dumps({"seed": args.seed, "rate": args.rate, "log": str(folder / "soak")})
     process = torchrun("--nproc_per_node", 2, "--max-restarts", 50, "--master_port", 29507, __file__, "inner", plan, script,
                        *words({**flags, "save_dir": folder / "cut"}), environment={"KILLS_MARK": mark})
@@ -342,7 +347,7 @@ def soak(folder, toy, args):
     faults = [(row["step"], row["fault"]) for row in rows[0] if row["fault"]]
     equal = process.returncode == 0 and not differences_of_saves(folder / "whole", folder / "cut")
     alive = [pid for pid in filter(str.isdigit, os.listdir("/proc")) if mark in _environment(pid)]
-    left = sorted(set(os.listdir("/dev/shm")) - shared) + [p.name for p in (folder / "cut").iterdir() if p.name.startswith(".tmp")]
+    left = sorted(_shared_files() - shared) + [p.name for p in (folder / "cut").iterdir() if p.name.startswith(".tmp")]
     longest = max((list(group) for r in rows for _, group in itertools.groupby(r, key=lambda row: row["attempt"])), key=len)
     half = longest[len(longest) // 4:]
     slope = (half[-1]["kB"] - half[0]["kB"]) / 1000 / max(1, len(half) - 1)
