@@ -106,11 +106,12 @@ def main(
         raise ValueError("--verifier_ckpt_dir chooses among several answers: add --num_samples_per_prompt 8")
     import os
     import re
+    from collections import Counter
 
     from llama_rlhf.checkpoint import store
     from llama_rlhf.api import load
     from llama_rlhf.checkpoint.shards import load_model
-    from llama_rlhf.evaluation import (answer, encode_problems, make_way, read_samples, reference_loss, score_samples, select,
+    from llama_rlhf.evaluation import (answer, encode_problems, make_way, read_samples, reference_loss, same_number, score_samples, select,
                                        show, show_selection, summarize, write_samples)
     from llama_rlhf.models.transformer import ValueModel
     from llama_rlhf.parallel import groups
@@ -136,8 +137,12 @@ def main(
             rows = read_samples(samples_file, rule)
             kept = set(sorted({row["id"] for row in rows})[:limit if limit >= 0 else None])
             rows = [row for row in rows if row["id"] in kept]
-            if max(row["sample"] for row in rows) == 0:
-                raise ValueError(f"{samples_file} holds one answer per problem: nothing to choose from. Generate with --num_samples_per_prompt 8.")
+            numbers = Counter(row["id"] for row in rows)
+            if single := [problem for problem, n in numbers.items() if n == 1]:
+                raise ValueError(f"{samples_file} holds one answer to {len(single)} of {len(kept)} problems (the first: {single[0]}): nothing to choose from. "
+                                 "Generate with --num_samples_per_prompt 8, or leave those problems out.")
+            if (least := min(numbers.values())) < (most := max(numbers.values())):
+                groups.log(f"note: {samples_file} holds {least} to {most} answers to a problem: the first {least} of each count")
         else:
             label_file = source_of(kind, "label_file", label_file, "TEST")
             problems = kind.load(label_file)[:limit if limit >= 0 else None]
@@ -174,7 +179,8 @@ def main(
                              max_new_tokens=max_new_tokens, max_seq_len=longest, n_samples=num_samples_per_prompt, stop=stop or (), **sampling)
         make_way(log_dir, cli.resolved, ckpt_dir)
         write_samples(written[0], rows)
-    metrics = summarize(rows, rule)
+    counted = same_number(rows)
+    metrics = summarize(counted, rule)
     if not samples_file:
         metrics |= speed
         if perplexity:
@@ -189,7 +195,7 @@ def main(
         score_samples(verifier, verifier_tokenizer, rows, **prompt_options)
         make_way(log_dir, cli.resolved, ckpt_dir)
         write_samples(written[0], rows)
-        metrics["selection"] = select(rows, verifier.score)
+        metrics["selection"] = select(counted, verifier.score)
         groups.log(show_selection(metrics["selection"]))
     if groups.is_main():
         peak = memory.n_bytes       # first: planning takes some itself

@@ -47,8 +47,9 @@ def compare_runs(log_dirs: list[str], show: int = 10) -> str:
         pairs = [(first[problem][0], rows[problem][0]) for problem in common]
         lines.append(_test(f"{name} against {first_name}", rule, pairs))
         if all(len(rows[problem]) > 1 and "score" in rows[problem][0] for problem in common):
-            best = [rows[problem][best_of_n([row["score"] for row in rows[problem]])] for problem in common]
-            lines.append(_test(f"{name}, best of {len(rows[common[0]])}, against {first_name}", rule, [(was, now) for (was, _), now in zip(pairs, best)]))
+            k = min(len(rows[problem]) for problem in common)
+            best = [rows[problem][best_of_n([row["score"] for row in rows[problem][:k]])] for problem in common]
+            lines.append(_test(f"{name}, best of {k}, against {first_name}", rule, [(was, now) for (was, _), now in zip(pairs, best)]))
         changed = [pair for pair in pairs if _right(pair[0], rule) != _right(pair[1], rule)]
         kept = changed if show < 0 else changed[:show]
         if kept:

@@ -145,6 +145,15 @@ def read_samples(path: str, rule: str) -> list[dict]:
     return sorted(rows, key=lambda row: (row["id"], row["sample"]))
 
 
+def same_number(rows: list[dict]) -> list[dict]:
+    """The first k answers to each problem, k the fewest that one has: files that were cut or joined hold more to some, and votes and best-of-k are of k."""
+    of: dict = {}
+    for row in rows:
+        of.setdefault(row["id"], []).append(row)
+    k = min(map(len, of.values()))
+    return [row for answers in of.values() for row in answers[:k]]
+
+
 def score_samples(model: ValueModel, tokenizer, rows: list[dict], **prompt_options) -> None:
     """Collective. Put a verifier's raw score into every row, and "weight", the probability that it gives the answer."""
     sequences, prompt_lengths, prompts = [], [], {}

@@ -123,11 +123,13 @@ WAYS = ("first sample", "majority vote", "weighted vote", f"top-{TOP_VOTERS} vot
 def selection(problems):
     """How often each of WAYS to choose one of a problem's answers is right, and what k samples give.
 
-    problems: for each, its samples in order: {"answer", "correct", "score", "weight"}; equal answers are equally right.
+    problems: for each, its samples in order, equally many: {"answer", "correct", "score", "weight"}; equal answers are equally right.
     The weight, in [0, 1], is what a sample's vote counts in the weighted vote.
     Returns the metrics, and {way: [right or not, per problem]} for tests against other systems.
     """
-    right = {way: [] for way in WAYS}
+    if len(numbers := {len(samples) for samples in problems}) != 1:
+        raise ValueError(f"problems have {min(numbers)} to {max(numbers)} samples: accuracies of different n are not to be averaged")
+    n, right = numbers.pop(), {way: [] for way in WAYS}
     for samples in problems:
         answers, scores = [s["answer"] for s in samples], [s["score"] for s in samples]
         correct = {s["answer"]: s["correct"] for s in samples if s["answer"] is not None}
@@ -137,7 +139,6 @@ def selection(problems):
             right[way].append(bool(value))
     ways = {way: {"accuracy": fmean(hits), "correct": sum(hits), "interval": list(wilson_interval(sum(hits), len(hits)))}
             for way, hits in right.items()}
-    n = min(map(len, problems))
     by_k = {}
     for k in sorted({n, *(2**i for i in range(n.bit_length()) if 2**i <= n)}):
         passes = [pass_at_k(len(samples), sum(s["correct"] for s in samples), k) for samples in problems]

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -417,7 +418,7 @@ def test_selection_of_the_published_vector():
     assert metrics["by_k"]["2"]["best"]["accuracy"] == pytest.approx(7 / 15) and metrics["by_k"]["6"]["best"]["accuracy"] == 0
     assert metrics["paired"]["best of n against first sample"] == {"n": 1, "gained": 0, "lost": 1, "p": 1.0}
     assert metrics["by_k"]["1"]["pass"]["accuracy"] == pytest.approx(2 / 6), "of all samples, not of the first"
-    nobody = [dict(answer=None, correct=False, score=0.0, weight=0.0)] * 2
+    nobody = [dict(answer=None, correct=False, score=0.0, weight=0.0)] * 6
     assert all(not hits[1] for hits in selection([SAMPLES, nobody])[1].values())
 
 
@@ -518,6 +519,20 @@ def test_sample_label_verifier_choose(world_of_one, toy, split, tmp_path):  # no
     # answers that took hours are not overwritten by a few of them
     (code, _, err), = run_script(1, "solver_evaluate.py", samples_file=tmp_path / "one/samples.jsonl", verifier_ckpt_dir=tmp_path / "run", log_dir=tmp_path / "one", limit=2)
     assert code == 1 and "would leave 2 problems of" in err and len(lines_of(tmp_path / "one/samples.jsonl")) == 80
+    # cut or joined files hold different numbers of answers: of each problem count as many as the least has ("best of 1" stood beside votes of 4)
+    unequal = [s for s in samples if s["id"] % 2 or s["sample"] != 0][:-1]
+    (tmp_path / "unequal.jsonl").write_text("".join(json.dumps(s) + "\n" for s in unequal))
+    (code, out, err), = run_script(1, "solver_evaluate.py", samples_file=tmp_path / "unequal.jsonl", verifier_ckpt_dir=tmp_path / "run", dtype="fp32", log_dir=tmp_path / "unequal")
+    k = min(Counter(s["id"] for s in unequal).values())
+    assert code == 0 and k == 2 and "holds 2 to 4 answers to a problem: the first 2 of each count" in out and "choosing among 2 answers to each of 20" in out, err
+    found, written = json.loads((tmp_path / "unequal/metrics.json").read_text()), lines_of(tmp_path / "unequal/samples.jsonl")
+    kept = [[s for s in written if s["id"] == i][:k] for i in range(1, 21)]
+    assert len(written) == len(unequal) and all("score" in s for s in written)
+    assert found["n"] == 40 and found["correct"] == sum(s["correct"] for several in kept for s in several)
+    assert found["selection"]["ways"]["best of n"]["correct"] == sum(max(several, key=lambda s: s["score"])["correct"] for several in kept)
+    (tmp_path / "unequal.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples[:-3]))
+    (code, _, err), = run_script(1, "solver_evaluate.py", samples_file=tmp_path / "unequal.jsonl", verifier_ckpt_dir=tmp_path / "run", log_dir=tmp_path / "unequal")
+    assert code == 1 and "holds one answer to 1 of 20 problems (the first: 20): nothing to choose from" in err
     # what the script says is what its file of scores says
     best = [max((s for s in scored[2] if s["id"] == i), key=lambda s: s["score"])["correct"] for i in sorted({s["id"] for s in scored[2]})]
     assert results[2]["selection"]["ways"]["best of n"]["correct"] == sum(best)
