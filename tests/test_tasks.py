@@ -215,7 +215,29 @@ def test_an_interrupted_score_is_not_the_answer_to_the_next(gym, monkeypatch):
     assert task.score(problem, problem.label, True)["score"] == 1
 
 
+def test_a_mixture_of_datasets_is_the_file_of_the_docs_each_scored_by_its_own_function(gym, tmp_path):
+    """"composite" takes a list of objects, which no flag can hold. And its score is another's: what runs text must be seen behind it."""
+    docs = open(os.path.join(ROOT, "docs", "TASKS.md")).read()
+    listed = re.search(r"```yaml\n(datasets:\n.*?)```", docs, re.DOTALL)[1]
+    (tmp_path / "mix.yaml").write_text(listed + "- {name: countdown, weight: 2}\n")
+    task = gym(f"reasoning_gym:composite,datasets={tmp_path}/mix.yaml,seed=1")
+    of = {}
+    for problem in task.load("test:40"):
+        of.setdefault(problem.more["metadata"]["source_dataset"], []).append(problem)
+    assert of.keys() == {"chain_sum", "leg_counting", "countdown"} and len(of["chain_sum"]) > len(of["leg_counting"])
+    assert all(problem.prompt.count(" + ") + problem.prompt.count(" - ") in (1, 2) for problem in of["chain_sum"]), "of two or three terms"
+    for problems in of.values():
+        assert task.score(problems[0], f"<answer>{problems[0].label}</answer>", True)["score"] == 1 > task.score(problems[0], "<answer>-1</answer>", True)["score"]
+    task.score(of["countdown"][0], f"<answer>open('{tmp_path}/run', 'w')</answer>", True)
+    assert not (tmp_path / "run").exists()
+    for text, message in (("datasets: [{name: chain_summ}]", "chain_summ"), ("datasets: [{nam: chain_sum}]", "'nam'"), ("datasets: 3", "takes a file"), ("{", "takes a file")):
+        (tmp_path / "wrong.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            gym(f"reasoning_gym:composite,datasets={tmp_path}/wrong.yaml")
+
+
 @pytest.mark.parametrize("name, message", [
+    ("reasoning_gym:composite", "takes a file, as in composite,datasets=mix.yaml"), ("reasoning_gym:composite,datasets=none.yaml", "No such file"),
     ("reasoning_gym:chain_summ", "Did you mean chain_sum"), ("reasoning_gym:chain_sum,min_term=2", "Its settings are min_terms, max_terms"),
     ("reasoning_gym:chain_sum,min_terms=-1", "must be positive"), ("reasoning_gym:chain_sum,seed=x", "seed must be a whole number"),
     ("reasoning_gym:chain_sum,size=3", "the size goes with the file flags"), ("reasoning_gym", "no dataset of that name"),

@@ -2,6 +2,7 @@
 
     --task reasoning_gym:chain_sum                              any name of the package's datasets
     --task reasoning_gym:chain_sum,min_terms=2,max_terms=3,seed=1   with settings of that dataset; the seed is 0 unless given
+    --task reasoning_gym:composite,datasets=mix.yaml            several of them, from a file in the package's own form: docs/TASKS.md
     --train_file train:5000  --label_file test:300              how many of which split; train:2000 and test:200 unless given
 
 Dataset, settings, seed and size decide the problems, whatever else the run does. A question belongs to the test split when the
@@ -52,6 +53,8 @@ class ReasoningGym:
         self.seed = self.settings.pop("seed", 0)
         if type(self.seed) is not int or self.seed < 0 or "size" in self.settings:
             raise ValueError(f"--task reasoning_gym:{rest}: seed must be a whole number, and the size goes with the file flags, as in test:200")
+        if self.name == "composite":
+            self.settings["datasets"] = _mixture(self.settings.get("datasets"))
         self._process = None
         self._ask("open", self.name, self.settings)
 
@@ -118,6 +121,18 @@ class ReasoningGym:
         return value
 
 
+def _mixture(file):
+    """The datasets that a file lists, as the package's "composite" takes them."""
+    import yaml
+    try:
+        with open(os.path.expanduser(file), encoding="utf-8") as stream:
+            return [{"weight": 1.0, "config": {}, **part} for part in yaml.safe_load(stream)["datasets"]]
+    except (OSError, TypeError, KeyError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError("--task reasoning_gym:composite takes a file, as in composite,datasets=mix.yaml, with a line 'datasets:' and behind it one such as "
+                         f"'- {{name: chain_sum, weight: 2, config: {{min_terms: 2}}}}' for each ({reason})") from None
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # The other process
 
@@ -150,14 +165,20 @@ def _open(state, name, settings):
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.5) or ["chain_sum"]
         raise ValueError(f"--task reasoning_gym:{name}: no dataset of that name among {len(DATASETS)}. Did you mean {' or '.join(near)}?")
-    state |= {"name": name, "make": lambda seed: reasoning_gym.create_dataset(name, size=CHUNK, seed=seed, **settings)}
+
+    def make(seed):
+        parts = {"datasets": [reasoning_gym.composite.DatasetSpec(**part) for part in settings["datasets"]]} if name == "composite" else {}
+        return reasoning_gym.create_dataset(name, size=CHUNK, seed=seed, **{**settings, **parts})
+
+    state |= {"name": name, "make": make}
     try:
         state["dataset"] = state["make"](0)
-    except (TypeError, AssertionError, ValueError) as error:
+    except (TypeError, AssertionError, ValueError, AttributeError) as error:
         known = [field for field in DATASETS[name][1].__dataclass_fields__ if field not in ("seed", "size")]
         raise ValueError(f"--task reasoning_gym:{name} with {json.dumps(settings)}: {error}. Its settings are {', '.join(known)}") from None
     import inspect
-    state["runs text"] = bool(re.search(r"\beval\(|parse_expr\(|sympify\(", inspect.getsource(type(state["dataset"]).score_answer)))
+    parts = state["dataset"].datasets if name == "composite" else {name: state["dataset"]}
+    state["parts"] = {part: (dataset, bool(re.search(r"\beval\(|parse_expr\(|sympify\(", inspect.getsource(type(dataset).score_answer)))) for part, dataset in parts.items()}
 
 
 def _make(state, seed):
@@ -166,11 +187,12 @@ def _make(state, seed):
 
 
 def _score(state, answer, entry, seconds):
-    if state["runs text"] and answer != entry["answer"] and not _harmless(answer):
+    dataset, runs_text = state["parts"][entry["metadata"]["source_dataset"] if state["name"] == "composite" else state["name"]]
+    if runs_text and answer != entry["answer"] and not _harmless(answer):
         return 0.0
     signal.setitimer(signal.ITIMER_PROF, seconds)       # nobody handles its signal, so it ends the process, wherever that is
     try:
-        points = float(state["dataset"].score_answer(answer, entry))
+        points = float(dataset.score_answer(answer, entry))
     except Exception:       # noqa: BLE001  a model writes every string some day
         return 0.0
     finally:
