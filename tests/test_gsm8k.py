@@ -119,7 +119,7 @@ def test_d_is_exact_beyond_float_precision():
         ("-0.0", "0"),
         ("costs -$2.50", "-2.5"),
         ("007", "7"),
-        ("The answer is 1,0000", "1"),  # not a thousands group
+        ("The answer is 1,0000", "1,0"),  # not a thousands group: no number
         ("24 <<48/2=>> <<12*2=25>> clips", "24"),
         ("\\boxed{-\\$18}", "-18"),
         ("\\boxed{18", "18"),
@@ -189,6 +189,27 @@ def test_d_is_exact_beyond_float_precision():
         ("The answer is 12\u00a0000 or 12\u202f001", "12000"),
         ("\\boxed{- 1 234 567}", "-1234567"),
         ("#### 3 500 ml bottles", "3"),
+        ("#### 12'000 dollars", "12000"),
+        ("He pays 1\u2019234\u2019567 dollars", "1234567"),
+        ("She earns 12 000 dollars.", "12000"),  # was 0, the last number
+        ("#### $1 500 000 in all", "1500000"),
+        ("17 000/5 = 3 400.", "3400"),
+        ("#### 3 500", "3500"),
+        ("Week 3 500", "500"),
+        ("in 2019 200 people", "200"),
+        ("He is 5'10\" tall", "10"),
+        # a comma or a point that may mean this or that: 3 was counted as right
+        ("#### 3,5", "3,5"),
+        ("The answer is 12,50 euros", "12,5"),
+        ("It costs 3,5", "3,5"),
+        ("Answer: 1.234,50", "1.234,5"),
+        ("#### 1.234.567", "1.234.5"),
+        ("It costs 1.234.567", "4.567"),
+        ("#### 1,23,456", "1,2"),
+        ("The answer is 1e6", "1e6"),
+        ("#### 3, 5", "3"),
+        ("The answer is 18.", "18"),
+        ("#### $1.5 million", "1.5"),  # GSM8K's own labels are so
         # more headings
         ("#### 1st step\n3\n#### 2nd step\n\\boxed{7}", "7"),
         ("#### 1 - Find it\n#### 2 \u2013 **Add**\n#### 3\\. $x$ is:\n#### 4.Then\nAnswer: 7", "7"),
@@ -282,6 +303,9 @@ ADVERSARIAL = {
     "a sum and blanks": "#### 1+1" + " " * N,
     "roots": "\\boxed{" + "\\sqrt" * (N // 5) + "3}",
     "a list": "\\boxed{1," + "\\," * (N // 2) + "}",
+    "groups and blanks": "#### 1" + " 111" * (N // 4) + "x",
+    "many groups and blanks": "= 1 111 " * (N // 8),
+    "a group and signs": "= 1 111" + "!" * N + "x",
     "thoughts": "<think>1</think>" * (N // 16),
 }
 
@@ -321,9 +345,9 @@ def test_number_cut_at_the_end_of_an_unfinished_text_earns_no_reward():
     assert gsm8k.score(PROBLEM, "#### 24", finished=False, reward=True)["score"] == 0.0  # could have become 240
     assert gsm8k.score(PROBLEM, "#### 24\nAnd", finished=False, reward=True)["score"] == 1.0
     assert gsm8k.score(PROBLEM, "The answer is 24 in", finished=False, reward=True)["score"] == 1.0
-    for whole in ("24/5", "24 / 5", "24\u202f000", "24\\,000", "24{,}000", "24\\frac{1}{2", "\\frac{24}{5", "\\dfrac{24} {5"):
+    for whole in ("24/5", "24 / 5", "24 000", "1 234 000", "24'000", "24\u202f000", "24\\,000", "24{,}000", "24\\frac{1}{2", "\\frac{24}{5", "\\dfrac{24} {5"):
         for end in range(len(whole) + 1):
-            if whole[:end] != "24 ":  # the blank ends it
+            if whole[:end] not in ("24 ", "1 ", "1 234 "):  # the blank ends it
                 assert gsm8k.extract_tolerant(f"The answer is {whole[:end]}", truncated=True) is None, whole[:end]
     assert gsm8k.extract_tolerant("\\boxed{\\frac{48}{2}}", truncated=True) == "24"
 

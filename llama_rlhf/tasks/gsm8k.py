@@ -74,14 +74,17 @@ _HEADING = re.compile(r"(?:\\?[.):]|\s-\s)[*_\s\"'$\\(]*[^\W\d_]|(?:st|nd|rd|th)
 _SUM = re.compile(  # `3 + 15 =`; `1/3 =` is none: the fraction is exact, 0.333 is not
     r"[-+]?\$?(?![0-9.,]+\s*/\s*\$?[0-9.,]+\s*=)(?:[0-9.,]+%?\)?\s*(?:[-+*/^x\u00d7\u00f7]|\\times|\\cdot|\\div)\s*\(*\$?)+[0-9.,]+%?\)?\s*="
 )
-# what stands before and behind a number that is only a part of a value: 3\sqrt{2}, 10^6, 3\pi; and, in a box, of several: 1, -2
-_INSIDE = re.compile(r"(?:\\sqrt\W*|\^\W*)\Z")
-_PART = re.compile(r"\s*(?:\^(?!\{?\s*(?:\\circ|\\text|\\mathrm|[a-z]))|\\(?:sqrt|pi|times|cdot)(?![a-z])|[\u03c0\u221a])")
+# what stands before and behind a number that is only a part of a value: 3\sqrt{2}, 10^6, 3\pi, 3,5, 1.234.567, 1e6; and, in a box, of several: 1, -2
+_INSIDE = re.compile(r"(?:\\sqrt\W*|\^\W*|[0-9][.,])\Z")
+_PART = re.compile(r"\s*(?:\^(?!\{?\s*(?:\\circ|\\text|\\mathrm|[a-z]))|\\(?:sqrt|pi|times|cdot)(?![a-z])|[\u03c0\u221a])|[.,][0-9]|[eE][-+]?[0-9]")
 _LIST = re.compile(r"\s*(?:[,;:]\s*(?:\\[,;!: ]\s*)*[-+$\\]*[0-9]|\\text\s*\{\s*(?:or|and)\b)")
 _BLANKS = re.compile(r"(?<=[0-9]) +(?=[0-9]{3}(?![0-9/]))|(?<=-)\s+(?=[0-9.$])")  # which LaTeX does not print: 12 000, - 5
-_LATEX_GROUP = re.compile(r"(?<=[0-9])(,?)(?:\\[,!; ]|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))")
+_LATEX_GROUP = re.compile(r"(?<=[0-9])(,?)(?:\\[,!; ]|['\u2019\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))")
+# 12 000 is one number, as nobody counts 000 of anything; 3 500 in "3 500 ml" may be two, and is one as all that "#### 3 500" says
+_SPACED = re.compile(r"(?<![0-9.,])(?<![0-9] )[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9])")
+_SAYS, _NO_MORE = re.compile(r"(?:####|[=:]|\bis)[ $\u20ac\u00a3*(\\]*\Z"), re.compile(r"[^\w\n]*(?:\n|\Z)")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac ?(?:\{ ?([-+]?\$?[0-9.,]+) ?\}|([0-9])) ?(?:\{ ?([-+]?\$?[0-9.,]+) ?\}|([0-9]))")
-_NUMBER_PARTS = "0123456789.,$+-\u00a0\u2009\u202f"
+_NUMBER_PARTS = "0123456789.,$+-'\u2019\u00a0\u2009\u202f"
 _GOES_ON = re.compile(r"(?:/ ?|\{|\\[dt]?frac ?(?:\{[^{}]*\}? ?\{?)?|\\(?:[!; ]|[a-z]*))\Z")
 
 
@@ -99,6 +102,8 @@ def extract_tolerant(text, *, truncated=False, tagged=False):
     what follows the last "answer is" or "answer:" ("is not" and "is correct" are none); the first `####` line with a number in it; the whole text.
     From the last place the last number is taken, from the others the first: `3/4`, `2 3/4` and `\\frac{3}{4}` are one value
     there, and `3 + 15 = 18` is 18. What is a part of something else, as in `3\\sqrt{2}`, `10^6` or a box of several, is no number.
+    Nor is `3,5`, whose comma is a decimal point to some and a list to others, or `1.234.567`: a point begins decimals, and a comma groups of three.
+    Words for a scale are units: "1.5 million" is 1.5, as in the solutions of GSM8K, whose questions ask for millions then.
 
     truncated: set it when a length limit cut the text off and the result becomes a *reward*. Then the whole text
     does not count (its last number is an intermediate result, and rewarding that teaches the policy to ramble),
@@ -125,13 +130,22 @@ def _plain(text):
     text = strip_calculator(text)
     for latex, plain in (("\\text{,}", ","), ("{,}", ","), ("\\$", "$"), ("\u2212", "-"), ("\u2013", "-")):
         text = text.replace(latex, plain)
-    text = re.sub(r"(?<=[0-9])(?=\\[dt]?frac)", " ", _LATEX_GROUP.sub(r"\1", text))
+    text = _SPACED.sub(_joined, _LATEX_GROUP.sub(r"\1", text))
+    text = re.sub(r"(?<=[0-9])(?=\\[dt]?frac)", " ", text)
     return _LATEX_FRACTION.sub(r"\1\2/\3\4", text)
 
 
+def _joined(spaced):
+    text, start = spaced.string, spaced.start()
+    whole = spaced[0].endswith("000") or _SAYS.search(text, max(0, start - 12), start) and _NO_MORE.match(text, spaced.end())
+    return spaced[0].replace(" ", "") if whole else spaced[0]
+
+
 def _without_open_number(text):
-    """The text less a number at its very end that may go on: `12`, `3/`, `18\\,0`, `2\\frac{1}{`."""
-    text = text.rstrip(_NUMBER_PARTS)
+    """The text less a number at its very end that may go on: `12`, `3/`, `12 0`, `18\\,0`, `2\\frac{1}{`."""
+    whole, text = text, text.rstrip(_NUMBER_PARTS)
+    if text != whole and text[-1:] == " " and text[-2:-1].isdigit():
+        text = text.rstrip(_NUMBER_PARTS + " ")
     more = _GOES_ON.search(text)
     return text[: more.start()].rstrip(_NUMBER_PARTS + "/\\!;{ ") if more else text
 
