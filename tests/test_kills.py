@@ -318,6 +318,27 @@ def test_no_save_is_removed_that_is_not_computed_again(world_of_one, tmp_path, c
     assert "is moved aside as" in capsys.readouterr().out
 
 
+def test_a_save_that_cannot_be_entered_is_named_and_left_where_it_is(world_of_one, tmp_path, monkeypatch):
+    """It read as one without a manifest, was moved aside as damaged, and the run went back to the save before."""
+    from llama_rlhf.checkpoint import store
+    for step in (1, 2):
+        _save(tmp_path, step, [tmp_path])
+    stat = os.stat
+
+    def closed(path, **more):
+        if os.path.dirname(str(path)) == str(tmp_path / "step-2"):
+            raise PermissionError(13, "Permission denied", path)
+        return stat(path, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", closed)
+        refusal, held = _start(tmp_path)
+        with pytest.raises(ValueError, match="step-2 cannot be looked into: Permission denied"):
+            store.find(str(tmp_path))
+    assert "step-2 cannot be looked into: Permission denied. Change what is in the way" in refusal and held == ["step-1", "step-2"]
+    assert _start(tmp_path) == (["step-2"], ["step-1", "step-2"])
+
+
 def test_only_what_a_cut_off_save_or_removal_left_is_cleared(world_of_one, tmp_path):
     """An export that is being written beside the saves is not the run's."""
     _save(tmp_path, 1, [tmp_path])

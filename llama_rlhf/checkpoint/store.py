@@ -342,10 +342,13 @@ def _aside(path: str, suffix: str) -> str:
 def _brief(path: str) -> dict:
     """The manifest of a save, its files unseen; {} when there is none or it is corrupt."""
     try:
+        os.stat(os.path.join(path, MANIFEST))       # to isfile() a folder that must not be entered is an empty one
         manifest = read_json(os.path.join(path, MANIFEST))
         return manifest if intact(manifest) else {}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be looked into: {error.strerror}. Change what is in the way, such as its permissions, or move it away.") from error
     except CheckpointError as error:
         if _may_pass(error):
             raise
