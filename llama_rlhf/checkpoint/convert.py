@@ -26,6 +26,7 @@ from llama_rlhf.parallel.layers import Piece
 
 MANIFEST = "manifest.json"
 FORMAT = "llama_rlhf/1"
+NAMED_TEMPLATES = "additional_chat_templates"       # the only folder in a checkpoint, as transformers 5 has it
 
 # buffers that old exporters saved beside the weights; each is recomputed from the config
 _IGNORED = re.compile(r"rope\.freqs|.*\.inner_attention\.rope\.freqs|.*rotary_emb\.inv_freq|.*\.attn\.masked_bias|.*logn_tensor"
@@ -55,7 +56,7 @@ def read_manifest(folder: str) -> dict | None:
     if not isinstance(manifest.get("files"), dict) or not isinstance(manifest.get("config"), dict):
         raise CheckpointError(f"{path}: lacks 'files' or 'config'; it is damaged, use another checkpoint")
     for name, entry in manifest["files"].items():
-        if not isinstance(name, str) or os.path.basename(name) != name or not isinstance(entry, dict):
+        if not isinstance(name, str) or os.path.basename(name) != name.removeprefix(f"{NAMED_TEMPLATES}/") or not isinstance(entry, dict):
             raise CheckpointError(f"{path}: illegal entry {name!r} in 'files'")
         file = os.path.join(folder, name)
         size = os.path.getsize(file) if os.path.exists(file) else None

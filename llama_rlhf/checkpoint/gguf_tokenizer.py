@@ -8,12 +8,15 @@ that splits text into words before BPE (tokenizer.ggml.pre). The rule decides wh
 becomes, so a name this module does not know is refused rather than replaced by a similar rule.
 """
 
+import contextlib
 import json
 import os
+import shutil
 
 from llama_rlhf.tokenizer import SPLIT, load_tokenizer
 from llama_rlhf.untrusted import reading
 
+from .convert import NAMED_TEMPLATES
 from .formats import CheckpointError, read_gguf_header
 
 MAX_TOKEN = 1000  # characters; each of a token's cuts in two may be a merge
@@ -106,15 +109,25 @@ def write_fast_tokenizer(folder) -> list[str]:
     if wrong and wrong[0] in PROBES:
         os.remove(os.path.join(folder, "tokenizer.json"))
         return wrong
-    if template := tokenizer.chat_template:
-        # sentencepiece puts a blank before each text of its own, and so does tokenizer.json: after a control token the template must not
-        for config["chat_template"] in (template, template.replace("] ' +", "]' +").replace("{{ ' ' + m.content", "{{ m.content")):
-            new.chat_template = config["chat_template"]
-            if new.chat(CONVERSATION) == tokenizer.chat(CONVERSATION):
-                break
-        else:
-            wrong.append("conversations")
-        write("tokenizer_config.json", config)
+    templates = tokenizer.templates | ({"default": tokenizer.chat_template} if tokenizer.chat_template else {})
+    if templates:
+        for name, template in templates.items():
+            # sentencepiece puts a blank before each text of its own, and so does tokenizer.json: after a control token the template must not
+            tokenizer.chat_template, expected = template, None
+            with contextlib.suppress(ValueError):       # it wants tools, or documents
+                expected = tokenizer.chat(CONVERSATION)
+            for new.chat_template in (template, template.replace("] ' +", "]' +").replace("{{ ' ' + m.content", "{{ m.content")):
+                if expected is None or new.chat(CONVERSATION) == expected:
+                    break
+            else:
+                wrong.append("conversations" if name == "default" else f"conversations by {name}")
+            templates[name] = new.chat_template
+        named = [{"name": name, "template": template} for name, template in templates.items()]
+        write("tokenizer_config.json", config | {"chat_template": templates["default"] if templates.keys() == {"default"} else named})
+        for name in ("chat_template.jinja", "chat_template.json"):      # would be read in its place
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, name))
+        shutil.rmtree(os.path.join(folder, NAMED_TEMPLATES), ignore_errors=True)
     return wrong
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from llama_rlhf import __version__
 from llama_rlhf.checkpoint import store
-from llama_rlhf.checkpoint.convert import NativeView, load_config, read_manifest
+from llama_rlhf.checkpoint.convert import NAMED_TEMPLATES, NativeView, load_config, read_manifest
 from llama_rlhf.checkpoint.formats import Checkpoint, CheckpointError, open_checkpoint, open_file, read_json
 from llama_rlhf.checkpoint.writer import PthWriter
 from llama_rlhf.config import ModelConfig
@@ -192,7 +192,10 @@ def copy_companions(source: str, target: str) -> dict:
         return {os.path.basename(path): store.seal(path) for path in write_tokenizer_files(str(gguf), target)}
     for folder in (source, os.path.dirname(os.path.abspath(source))):      # Meta keeps tokenizer.model one folder up
         found = [name for name in COMPANIONS if os.path.isfile(os.path.join(folder, name))]
+        found += sorted(f"{NAMED_TEMPLATES}/{path.name}" for path in Path(folder, NAMED_TEMPLATES).glob("*.jinja") if path.is_file())
         if any("tokenizer" in name or "tiktoken" in name for name in found):
+            if found[-1].startswith(NAMED_TEMPLATES):
+                os.makedirs(os.path.join(target, NAMED_TEMPLATES), exist_ok=True)
             entries = {name: store.copy_file(os.path.join(folder, name), os.path.join(target, name)) for name in found}
             if "generation_config.json" not in found and (eos := _eos_of_config(folder)) is not None:
                 entries["generation_config.json"] = store.write_json(os.path.join(target, "generation_config.json"), {"eos_token_id": eos})

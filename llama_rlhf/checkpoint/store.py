@@ -104,7 +104,8 @@ def publish(folder: str, write: Callable[[str], dict | None], manifest: dict | N
                     entries = {file: entry for part in gathered for file, entry in part.items()}
                     content = {"format": FORMAT, **manifest, "files": dict(sorted(entries.items()))}
                     write_json(os.path.join(temporary, MANIFEST), {**content, "sha256": manifest_seal(content)})
-                _fsync_folder(temporary)
+                for path, _, _ in os.walk(temporary):
+                    _fsync_folder(path)
                 if os.path.isdir(folder):
                     os.rmdir(folder)          # empty: checked above
                 os.rename(temporary, folder)
