@@ -88,6 +88,8 @@ def main(
 
         print(compare_runs(compare, 10 if limit == -1 else limit))
         return
+    if samples_file and not verifier_ckpt_dir:
+        raise ValueError("--samples_file needs --verifier_ckpt_dir: a reward model to choose among the answers")
     if plan:
         from llama_rlhf.plan import plan_evaluation
 
@@ -96,8 +98,6 @@ def main(
     if bool(ckpt_dir) == bool(samples_file):
         raise ValueError("give either --ckpt_dir, the model to evaluate, or --samples_file with answers it gave "
                          "(or --compare A B with two log_dirs)")
-    if samples_file and not verifier_ckpt_dir:
-        raise ValueError("--samples_file needs --verifier_ckpt_dir: a reward model to choose among the answers")
     if samples_file and "label_file" in cli.given:
         raise ValueError("--samples_file holds the problems with their labels: leave --label_file out")
     if samples_file and perplexity:

@@ -193,8 +193,6 @@ def plan_evaluation(flags: dict, *, config: ModelConfig | None = None, prompts: 
     """Of solver_evaluate: the solver, then a verifier of the same size. prompts: their lengths."""
     with _layout(flags, config) as (f, config, options, title):
         cli.check_range(1, max_batch_size=f.max_batch_size)
-        if f.samples_file and not f.verifier_ckpt_dir:
-            raise ValueError("--samples_file needs --verifier_ckpt_dir: a reward model to choose among the answers")
         whole = min(config.max_seq_len, f.max_seq_len if f.max_seq_len != -1 else max(prompts, default=f.max_new_tokens) + f.max_new_tokens)
         prompt = max(prompts, default=max(1, whole - f.max_new_tokens))
         slots = min(f.max_batch_size, -(-len(prompts) * f.num_samples_per_prompt // groups.dp_size()) or f.max_batch_size)

@@ -14,6 +14,8 @@ import re
 from contextlib import contextmanager
 from pathlib import Path
 
+from llama_rlhf.untrusted import refuse_stand_in
+
 SCHEMAS = (("instruction", "output"), ("query", "response"), ("question", "answer"), ("prompt", "completion"))
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -48,7 +50,8 @@ def read_records(file, faults=None):
         fault = "is a folder: name a file in it" if Path(file).is_dir() else "does not exist"
         raise FileNotFoundError(f"data file {str(file)!r} {fault}" + ("" if Path(file).is_absolute() else f" (relative paths are taken from {Path.cwd()})"))
     with open(file, "rb") as stream:
-        parquet = stream.read(4) == b"PAR1"
+        parquet = (head := stream.read(400)).startswith(b"PAR1")
+    refuse_stand_in(file, head)
     records = Records([], file, None if parquet else [])
     for line, row in _stream_parquet(file, faults) if parquet else stream_json(file, faults):
         if isinstance(row, dict):

@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 
 from llama_rlhf import chat_templates
-from llama_rlhf.untrusted import read_json, reading
+from llama_rlhf.untrusted import read_json, reading, refuse_stand_in
 
 FOLDER_FILES = (
     "tokenizer.bytes.json",
@@ -686,8 +686,7 @@ def _find(path):
 def _load_file(file, settings):
     with open(file, "rb") as f:
         head = f.read(1024)
-    if head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{file}: a Git LFS pointer, not the data; run 'git lfs pull' in its folder")
+    refuse_stand_in(file, head)
     if re.match(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n", head):
         return _load_tiktoken(file, settings)
     if not head.lstrip().startswith(b"{"):

@@ -46,6 +46,8 @@ def test_json_list_and_json_lines_read_alike(tmp_path):
     [
         (b"", "data.json is empty"),
         (b" \n", "data.json is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "data.json: a Git LFS pointer, not the data"),
+        (b"<!doctype html>\n<html>", "data.json: what a server answered in place of the data"),
         (b"[]", "holds no records"),
         (b'[{"a": 1},\n {"a": }]', "data.json, line 2, column 8: not valid json"),
         (b'{"a": 1}\n\n{"a": \n', "data.json, line 3, column 7: not valid json.*one object per line"),

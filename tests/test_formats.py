@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from llama_rlhf.checkpoint import formats
-from llama_rlhf.checkpoint.formats import CheckpointError, TensorInfo, open_checkpoint, open_file
+from llama_rlhf.checkpoint.formats import CheckpointError, TensorInfo, open_checkpoint, open_file, read_json
 from llama_rlhf.checkpoint.writer import PthWriter, SafetensorsWriter
 
 gguf = pytest.importorskip("gguf")
@@ -267,6 +267,13 @@ def test_legacy_files_and_other_contents_are_refused_with_advice(tmp_path):
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
     with pytest.raises(CheckpointError, match="git lfs pull"):
         open_file(path)
+    for name in ("x.bin", "x.safetensors", "x.gguf", "x.pth"):
+        (tmp_path / name).write_text(" <html><head><title>Not found</title></head></html>")
+        with pytest.raises(CheckpointError, match=f"{name}: what a server answered in place of the data"):
+            open_file(tmp_path / name)
+    (tmp_path / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    with pytest.raises(CheckpointError, match="config.json: a Git LFS pointer"):
+        read_json(tmp_path / "config.json")
     (tmp_path / "x.txt").write_text("hello")
     for wrong in (tmp_path / "x.txt", tmp_path):
         with pytest.raises(CheckpointError, match="expected one of"):

@@ -746,6 +746,9 @@ def test_missing_tokenizer_says_what_was_looked_for(tmp_path):
         ("tokenizer.model", b"", "tokenizer.model"),
         ("tokenizer.model", b"\x00\xffgarbage", "neither a sentencepiece model nor"),
         ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "tokenizer.json: a Git LFS pointer, not the data; run 'git lfs pull'"),
+        ("tokenizer.json", b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", "tokenizer.json: what a server answered in place of the data .'<!DOCTYPE html>"),
+        ("tokenizer.model", b"Entry not found", "tokenizer.model: what a server answered in place of the data .'Entry not found'"),
+        ("tokenizer_config.json", b"<html>", "tokenizer_config.json: what a server answered"),
         ("tokenizer.model", b"YQ== 0\nYg== 1\n", "holds 2 tiktoken ranks"),
         ("qwen.tiktoken", b"YQ== 0\nYg== 5\n", "incomplete or damaged"),
         ("qwen.tiktoken", b"YQ== 0\nnonsense\n", "line 2"),
@@ -753,6 +756,9 @@ def test_missing_tokenizer_says_what_was_looked_for(tmp_path):
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, content, message):
+    write_byte_level(tmp_path)
+    if name.startswith("tokenizer.model") or name.startswith("qwen") or name.endswith("bytes.json"):
+        (tmp_path / "tokenizer.json").unlink()
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_tokenizer(tmp_path)

@@ -621,7 +621,7 @@ def test_wrong_inputs_are_one_sentence(toy, split, tmp_path):  # noqa: F811
 
     choose = lambda **flags: first_line(run_script(1, "solver_evaluate.py", log_dir=tmp_path / "log", **flags), 1)  # noqa: E731
     assert "give either --ckpt_dir" in choose() and "give either --ckpt_dir" in choose(ckpt_dir=split, samples_file=bad)
-    assert "--samples_file needs --verifier_ckpt_dir" in choose(samples_file=bad)
+    assert "--samples_file needs --verifier_ckpt_dir" in choose(samples_file=bad) and "--samples_file needs" in choose(samples_file=bad, plan=True, model_type="llama-2-7b")
     assert "--perplexity needs" in choose(samples_file=bad, verifier_ckpt_dir=split, perplexity=True)
     assert "add --num_samples_per_prompt" in choose(ckpt_dir=split, verifier_ckpt_dir=split)
     assert 'bad.json, line 1, record 1: missing "id"' in choose(samples_file=bad, verifier_ckpt_dir=split)

@@ -131,11 +131,10 @@ def open_file(path) -> TensorFile:
     with _reading(path):
         size = os.path.getsize(path)
         with open(path, "rb") as stream:
-            head = stream.read(64)
+            head = stream.read(400)
     if size == 0:
         raise CheckpointError(f"{path}: the file is empty; download or save it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path}: a Git LFS pointer, not the data; run 'git lfs pull' in its folder")
+    untrusted.refuse_stand_in(path, head, CheckpointError)
     with _reading(path):
         file = READERS[suffix](path)
     for name in file.infos:  # names are shown in messages: no control sequences for the terminal, no novels
