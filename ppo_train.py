@@ -355,7 +355,8 @@ def main(
 
     actor_trainer = trainer_of(actor, actor_lr, 1e-6 if lora is None else 2e-5, iterations - warmup)
     critic_trainer = trainer_of(critic, critic_lr, 5e-6 if lora is None else 1e-4, iterations) if critic is not None else None
-    check_space({actor_save_dir: (actor, actor_trainer)} | ({critic_save_dir: (critic, critic_trainer)} if critic else {}))
+    if start < iterations:      # else nothing is saved any more
+        check_space({actor_save_dir: (actor, actor_trainer)} | ({critic_save_dir: (critic, critic_trainer)} if critic else {}))
     kl = KLController(kl_coef, chosen(kl_target), kl_horizon)
     moments, ema = RunningMoments(), Ema()
     best: dict = {"accuracy": -1.0, "step": -1}
@@ -410,14 +411,15 @@ def main(
             store.keep_newest(folder, keep_last, {best["step"]})
 
     def evaluate_if_due(step):
-        """After the save: a run that is killed here has lost nothing, and comes back to it."""
+        """After the save: a run that is killed here has lost nothing, and comes back to it. Whether one was due."""
         if not test_problems or step < iterations and (eval_steps < 1 or step % eval_steps):
-            return
+            return False
         earlier = run_log.find("evaluation", step) if step == start else None
         accuracy = earlier["accuracy"] if earlier else evaluate_actor(step)
         if accuracy > best["accuracy"] and (step in (start, iterations) or save_steps > 0 and step % save_steps == 0):      # it was saved
             best.update(accuracy=accuracy, step=step)
             remove_old()
+        return True
 
     trainers = {"actor": actor_trainer, **({"critic": critic_trainer} if critic_trainer else {})}
     invariants.start(roles.all(), trainers, tokenizer, fitting, step=start, max_seq_len=longest, chat=use_chat_template, temperature=temperature, doctor=doctor,
@@ -425,9 +427,11 @@ def main(
     interrupt = Interrupt()
     memory.start()
     if start:
-        evaluate_if_due(start)
-    elif test_problems:
+        evaluated = evaluate_if_due(start)
+    elif evaluated := bool(test_problems):
         evaluate_actor(0)
+    if evaluated and start < iterations and interrupt.asked():
+        interrupt.leave(run_log, saved=bool(start))
     for iteration in range(start, iterations):
         clock, step = Clock(), iteration + 1
         order = list(range(len(fitting)))
@@ -476,11 +480,14 @@ def main(
         if check_steps > 0 and step % check_steps == 0:
             invariants.running(roles.all(), trainers, step=step, grad_norm=statistics.get("actor_grad_norm"), texts=rollout.tokens)
         asked = not last and interrupt.asked()
-        if last or asked or save_steps > 0 and step % save_steps == 0:
+        if saved := last or asked or save_steps > 0 and step % save_steps == 0:
             save(step)
         if asked:
             interrupt.leave(run_log)
-        evaluate_if_due(step)
+        if evaluate_if_due(step) and not last and interrupt.asked():
+            if not saved:
+                save(step)
+            interrupt.leave(run_log)
     if start < iterations:      # else nothing was done
         report_memory(run_log, memory, lambda: plan_ppo(cli.resolved, models=roles.all(), prompts=[len(p.tokens) for p in fitting]))
     run_log.close(report=write_report)

@@ -191,7 +191,8 @@ def main(
     trainer = Trainer(model, lr=lr if lr > 0 else (1e-5 if lora is None else 2e-4), total_steps=total_steps, schedule=lr_schedule,
                       warmup_steps=math.ceil(warmup_ratio * total_steps), weight_decay=weight_decay, max_grad_norm=max_grad_norm,
                       precision=optimizer_precision, zero=zero, skip_grad_norm_above=skip_grad_norm_above)
-    check_space({save_dir: (model, trainer)})
+    if earlier.get("step", 0) < total_steps:        # else nothing is saved any more
+        check_space({save_dir: (model, trainer)})
     run_log = RunLog(log_dir, total=total_steps, tracker=tracker)
     run_log.write(f"{train_file}: {report}\n{trainer.describe()}\n{groups.tp_size()} tensor-parallel x {groups.dp_size()} data-parallel "
                   f"ranks, {model.dtype}, {total_steps} steps\nfirst sample, trained part in brackets: {show_example(examples[0], tokenizer)}")
@@ -226,6 +227,8 @@ def main(
     ended = step == total_steps or os.path.basename(start).startswith("epoch-")
     if problems and (not step or ended and run_log.find("evaluation", step) is None):     # killed in it
         evaluate_policy(earlier.get("epoch", 0))
+        if step < total_steps and interrupt.asked():
+            interrupt.leave(run_log, saved=bool(start))
     for epoch in range(epochs):
         n_batches = epoch_of_micro_batches(epoch)
         first, seen = seen, seen + len(n_batches)       # step numbers of this epoch
@@ -260,9 +263,14 @@ def main(
         run_log.write(f"epoch {epoch + 1}: average loss {of_epoch.loss:.4f}, perplexity {of_epoch.perplexity:.3f} over {of_epoch.n_loss_tokens} tokens")
         run_log.record("epoch", step=step, epoch=epoch + 1, loss=of_epoch.loss, perplexity=of_epoch.perplexity)
         save(f"epoch-{epoch + 1}" if finished_epoch else f"step-{step}", epoch + 1 if finished_epoch else epoch)
+        finished = step == total_steps
+        if not finished and interrupt.asked():
+            interrupt.leave(run_log)
         if problems:        # after the save: a run that is killed here has lost nothing, and comes back to it
             evaluate_policy(epoch + 1)
-        if step >= total_steps:
+            if not finished and interrupt.asked():
+                interrupt.leave(run_log)
+        if finished:
             break
     micro = [indices for epoch in range(epochs) for step_batches in epoch_of_micro_batches(epoch) for indices in step_batches][:total_steps * accumulation_steps]
     largest = max(micro, key=lambda indices: sum(len(examples[i].tokens) for i in indices))

@@ -31,9 +31,9 @@ class Interrupt:
         return bool(mark)
 
     @staticmethod
-    def leave(run_log) -> None:
-        """Collective: end a run that has just been saved."""
-        run_log.write("SIGTERM: saved and left; the same command continues")
+    def leave(run_log, saved: bool = True) -> None:
+        """Collective: end a run that has just been saved, or that has done nothing yet but evaluate."""
+        run_log.write("SIGTERM: saved and left; the same command continues" if saved else "SIGTERM: left before the first step; the same command starts again")
         run_log.close()
         groups.shutdown()
         raise SystemExit(EXIT_CODE)

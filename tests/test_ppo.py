@@ -349,6 +349,8 @@ def test_a_disk_without_room_for_a_save_is_noticed_before_the_first_step(script,
     assert code == 0, err
     written = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.pth"))
     assert 0.7 * written < float(said[1]) * 1e9 < written
+    (code, out, err), = run_ranks(1, _with_free_space, script, 1000, flags)
+    assert code == 0, "the finished run has nothing left to save: " + err
 
 
 @pytest.mark.parametrize("value,not_finite", [(1e39, 1), (-1e39, 1), (math.inf, 1), (math.nan, 1), (3e38, 0)])

@@ -368,3 +368,37 @@ runpy.run_path("{script}", run_name="__main__")"""
         assert code == 0 and f"continuing {tmp_path / 'run' / continues}" in out, err
     steps = [line["step"] for line in lines_of(tmp_path / "run/log/metrics.jsonl") if line["kind"] == "evaluation"]
     assert steps == ([0, 3, 6] if "solver" in script else [3, 6]), steps
+
+
+@pytest.mark.parametrize("script,call", [("solver_train.py", 1), ("solver_train.py", 2), ("verifier_train.py", 1), ("ppo_train.py", 1), ("ppo_train.py", 2)])
+def test_sigterm_in_an_evaluation_ends_the_run_behind_it_without_another_step(script, call, toy, tmp_path):
+    """It was honoured after one more step, or a whole iteration of PPO, and schedulers wait half a minute."""
+    flags = dict(train_file=toy / "train.json", label_file=toy / ("train.json" if script == "verifier_train.py" else "test.json"), device="cpu", dtype="fp32", epochs=3,
+                 write_report="false") | ({} if script == "verifier_train.py" else {"max_new_tokens": 4})
+    if script == "ppo_train.py":
+        flags |= dict(actor_ckpt_dir=toy / "hf", actor_save_dir=tmp_path / "run", algorithm="rloo", num_samples_per_prompt=2, max_buffer_size=8, max_iterations=3, eval_steps=1)
+    else:
+        flags |= dict(ckpt_dir=toy / "hf", save_dir=tmp_path / "run", max_seq_len=96, max_batch_size=8)
+    module, name = ("llama_rlhf.reward", "evaluate_verifier") if script == "verifier_train.py" else ("llama_rlhf.evaluation", "evaluate")
+    program = f"""import os, sys, runpy, {module} as module
+real, calls = module.{name}, []
+def asked(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == {call}:
+        os.kill(os.getpid(), 15)
+    return real(*args, **kwargs)
+module.{name} = asked
+sys.argv = ["{script}", *{[f"--{key}={value}" for key, value in flags.items()]!r}]
+runpy.run_path("{script}", run_name="__main__")"""
+    cut = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    lines = lines_of(tmp_path / "run/log/metrics.jsonl")
+    trained = [line["step"] for line in lines if line["kind"] in ("epoch", "iteration")]
+    assert cut.returncode == 143 and [line["kind"] for line in lines].count("evaluation") == call, cut.stderr
+    if call == 1 and script != "verifier_train.py":         # which does not evaluate before the first step
+        assert "left before the first step" in cut.stdout and not trained
+    else:
+        first = 1 if script == "ppo_train.py" else 3
+        saves = [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(("step-", "epoch-"))]
+        assert "saved and left" in cut.stdout and trained == [first] and saves == ["step-1" if script == "ppo_train.py" else "epoch-1"]
+    (code, out, err), = run_script(1, script, **flags)
+    assert code == 0 and ("continuing" in out or "resumed after iteration 1" in out) == ("saved and left" in cut.stdout), err
