@@ -665,6 +665,28 @@ def test_transformers_reads_what_is_written_for_it(package, path, name, n_spelle
             assert reference_chat(ref, messages, True) == tok.chat(messages)
 
 
+def test_a_unigram_model_encodes_alike_after_export(tmp_path):
+    """It was written as BPE, whose merges find other pieces than the likeliest."""
+    import random
+
+    from llama_rlhf.checkpoint.gguf_tokenizer import write_fast_tokenizer
+
+    sentencepiece, transformers = pytest.importorskip("sentencepiece"), pytest.importorskip("transformers")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 20), model_prefix=str(tmp_path / "tokenizer"), vocab_size=340, model_type="unigram",
+        byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    tok = load_tokenizer(tmp_path)
+    assert write_fast_tokenizer(tmp_path) == []
+    ref, again, r = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path), random.Random(0)
+    assert again.kind == "json"
+    texts = [*TEXTS, "<0x0A>", "a<0x41><0x4>", *("".join(r.choices("abcdefghnets  ohi12\n\U0001f642ü▁<0x>", k=40)) for _ in range(1000))]
+    for text in texts:
+        ids = tok.encode(text)
+        assert again.encode(text) == ref.encode(text, add_special_tokens=False) == ids and again.decode(ids) == tok.decode(ids), text
+    assert again.encode("<s> <unk>") == tok.encode("<s> <unk>")
+
+
 @pytest.mark.parametrize("place", ["list", "jinja", "folder"])
 def test_templates_of_every_place_make_the_same_ids_after_export(place, sentencepiece_folder, tmp_path):
     """Named ones were lost; and a chat_template.jinja, which goes before tokenizer_config.json, brought its blanks after control tokens back."""

@@ -95,6 +95,9 @@ def write_fast_tokenizer(folder) -> list[str]:
     told |= {f"{name}_token_id": -1 if id is None else id for name, id in ids.items()} | {"add_bos_token": tokenizer.bos_id is not None}
     vocabulary = _Vocabulary(folder, {f"tokenizer.ggml.{key}": value for key, value in told.items()})
     spec = spec | {"post_processor": _post_processor(vocabulary)} if tokenizer.kind == "tiktoken" else _sentencepiece_tokenizer(vocabulary)
+    scores = [score for score, kind in zip(told.get("scores", ()), vocabulary.types) if kind == NORMAL]
+    if 2 * sum(score % 1 > 0 for score in scores) > len(scores):    # of BPE they are ranks (and where vocabularies were joined, anything for some)
+        spec |= _unigram(vocabulary)
 
     def write(name, content):
         with open(os.path.join(folder, name), "w", encoding="utf-8") as stream:
@@ -209,7 +212,7 @@ def _byte_level_tokenizer(vocabulary):
 
 
 def _sentencepiece_tokenizer(vocabulary):
-    """SentencePiece BPE: the score of a piece says when it is merged, which byte tokens stand in for unknown text."""
+    """SentencePiece BPE (of unigram models `_unigram` replaces a part): the score of a piece says when it is merged, which byte tokens stand in for unknown text."""
     architecture = str(vocabulary.metadata.get("general.architecture"))
     rewrites_text = vocabulary.get("precompiled_charsmap") or vocabulary.get("remove_extra_whitespaces")
     if architecture.startswith("gemma") or rewrites_text:
@@ -242,6 +245,17 @@ def _sentencepiece_tokenizer(vocabulary):
             + [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * adds_space,
         },
     )
+
+
+def _unigram(vocabulary):
+    """Of a sentencepiece unigram model: a score is the logarithm of a probability, and the pieces of a text are those with the largest sum.
+
+    tokenizers would find the name of a byte, such as <0x0A>, in a text as well: texts are parted before the last sign of such a name.
+    """
+    model = {"type": "Unigram", "unk_id": vocabulary.types.index(UNKNOWN), "byte_fallback": True,
+             "vocab": [[token, score] for token, score in zip(vocabulary.tokens, vocabulary.get("scores"))]}
+    parted = {"type": "Split", "pattern": {"Regex": "(?<=<0x[0-9A-F]{2})(?=>)"}, "behavior": "Isolated", "invert": False}
+    return {"model": model, "pre_tokenizer": parted}
 
 
 def _merges_from_scores(vocabulary, scores):
