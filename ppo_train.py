@@ -225,7 +225,7 @@ def main(
     with groups.together("checking the arguments and the data"):
         actor_ckpt_dir, reward_model_ckpt_dir = store.find(actor_ckpt_dir), reward_model_ckpt_dir and store.find(reward_model_ckpt_dir)
         if num_samples_per_prompt == -1:
-            num_samples_per_prompt = 4 if algorithm in ("grpo", "dr_grpo", "rloo") else 1
+            num_samples_per_prompt = 4 if algorithm in ALGORITHMS and ALGORITHMS[algorithm].needs_group else 1
         if rule_weight == -1:
             rule_weight = 0.0 if reward_model_ckpt_dir or reward_function else 1.0
         if kl_coef == -1 and algorithm in ALGORITHMS:

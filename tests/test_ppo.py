@@ -322,6 +322,22 @@ def test_a_continued_run_must_have_its_data_and_room(toy, tmp_path, monkeypatch)
     assert "with other settings: training data 20 examples with digest" in said and "(was 20 examples with digest" in said
 
 
+def _with_a_row_of_its_own(flags):
+    from ranks import _script
+
+    from llama_rlhf.advantages import ALGORITHMS
+    ALGORITHMS["mine"] = ALGORITHMS["grpo"]
+    return _script("ppo_train.py", flags)
+
+
+def test_an_algorithm_is_one_row(toy, tmp_path):
+    """The script knew by name which algorithms compare the responses to one prompt: a new one got a single response, and was refused."""
+    flags = {**SHORT, "actor_ckpt_dir": toy / "hf", "actor_save_dir": tmp_path, "reward_function": f"{toy / 'rewards.py'}:evens", "train_file": toy / "prompts.json",
+             "device": "cpu", "algorithm": "mine", "max_iterations": 1, "write_report": False}
+    (code, out, err), = run_ranks(1, _with_a_row_of_its_own, flags)
+    assert code == 0 and "x 4 responses" in out and "; mine; " in out, err
+
+
 def _with_free_space(script, free, flags):
     """script on a disk that has room for so many bytes."""
     import types
