@@ -88,7 +88,7 @@ def main(
 
         print(compare_runs(compare, 10 if limit == -1 else limit))
         return
-    if samples_file and not verifier_ckpt_dir:
+    if samples_file and not verifier_ckpt_dir and (plan or not ckpt_dir):
         raise ValueError("--samples_file needs --verifier_ckpt_dir: a reward model to choose among the answers")
     if plan:
         from llama_rlhf.plan import plan_evaluation
