@@ -268,8 +268,9 @@ class RunningMoments:
 
     def update(self, x: Tensor) -> None:
         if x.numel():
-            x = x.double()
-            self.merge(RunningMoments(x.numel(), float(x.mean()), float((x - x.mean()).square().sum())))
+            x = x.flatten().double()
+            apart = x - x[0]        # of equal numbers exactly 0: the mean of the numbers themselves may differ from them in its last digit
+            self.merge(RunningMoments(x.numel(), float(x[0] + apart.mean()), float((apart - apart.mean()).square().sum())))
 
     def merge(self, other: RunningMoments) -> None:
         n, delta = self.n + other.n, other.mean - self.mean

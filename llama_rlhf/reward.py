@@ -262,7 +262,7 @@ def verifier_metrics(raw: list[float], lengths: list[int], problems: list, score
     metrics["calibration_error"], metrics["calibration"] = calibration(p, outcomes)
     moments = RunningMoments()
     moments.update(torch.tensor(raw))
-    return metrics | {"score_mean": moments.mean, "score_std": moments.std, "by_length": score_by_length(raw, lengths)}
+    return metrics | {"score_mean": moments.mean, "score_std": math.sqrt(moments.variance), "by_length": score_by_length(raw, lengths)}
 
 
 def show_verifier(metrics: dict) -> str:

@@ -383,6 +383,15 @@ def test_running_moments_of_nothing_divide_by_one():
     assert (moments.n, moments.mean, moments.variance, moments.std) == (5, 3.0, 0.0, 1.0)
 
 
+@pytest.mark.parametrize("n", [9, 18, 49])
+def test_running_moments_of_equal_numbers_divide_by_one_whatever_their_digits(n):
+    """Their mean in fp64 differs from them in its last digit, and what a verifier says alike of all was divided by 1e-16."""
+    equal, moments = torch.full((n,), 0.3, dtype=torch.float64).sigmoid(), RunningMoments()
+    for _ in range(2):
+        moments.update(equal)
+    assert (moments.mean, moments.std) == (equal[0], 1.0)
+
+
 def test_ema_starts_at_the_first_value_and_resumes():
     ema = Ema(0.9)
     assert [ema.update(x) for x in (1, 2, 0)] == pytest.approx([1, 1.1, 0.99], abs=1e-9)

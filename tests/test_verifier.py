@@ -397,6 +397,8 @@ def test_metrics_weigh_pairs_and_problems(world_of_one):
     p = [0.9, 0.8, 0.7, 0.1, 0.2, 0.4, 1.0]      # a prediction above 1 is held there
     assert metrics["brier"] == pytest.approx(sum((a - b) ** 2 for a, b in zip(p, labels)) / 7, abs=1e-6)
     assert "pair accuracy 75.0% over 4 pairs; within a problem 50.0%" in show_verifier(metrics)
+    collapsed = verifier_metrics([0.5] * 7, [1] * 7, problems, {"loss": "pairwise", "form": "linear", "offset": 0, "scale": 1}, pairs, None)
+    assert (collapsed["score_std"], collapsed["pair_accuracy"], collapsed["calibration_error"]) == (0, 0.5, 0) and collapsed["by_length"]["correlation"] is None
     compared = verifier_metrics(raw, [1] * 7, problems, {"loss": "pairwise", "form": "linear", "offset": 0, "scale": 1}, pairs, None)
     gaps = [0.8, 0.7, 0.6, -0.2]
     assert compared["loss"] == pytest.approx(sum(math.log1p(math.exp(-gap)) for gap in gaps) / 4, abs=1e-6)
