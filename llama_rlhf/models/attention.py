@@ -62,9 +62,8 @@ class Grid:
         """
         key = n_heads, width, ends
         if key not in self._routes:
-            device = self.device
-            begins, lengths = torch.tensor([[*itertools.accumulate(self.lengths[:-1], initial=0)], self.lengths], device=device)[..., None]
-            tokens = begins + torch.arange(self.longest, device=device).minimum(lengths - 1)
+            n, device = torch.tensor(self.lengths, device=self.device), self.device
+            tokens = (n.cumsum(0) - n)[:, None] + torch.arange(self.longest, device=device).minimum(n[:, None] - 1)
             source = tokens[:, None] * width + torch.arange(n_heads, device=device)[:, None]              # [rows, heads, positions]
             there, place, first = [], torch.empty_like(source), 0
             for start, stop in itertools.pairwise(ends):
@@ -72,7 +71,7 @@ class Grid:
                 place[..., start:stop] = torch.arange(first, first + part.numel(), device=device).view(part.shape)
                 there.append(part.flatten())
                 first += part.numel()
-            place = place.transpose(1, 2).flatten(0, 1)
+            place = place.transpose(1, 2).flatten(0, 1)                                                   # [rows x positions, heads]
             went, behind = (place, place[:0]) if self.cells is None else (place[self.cells], place[self.gaps])
             self._routes[key] = torch.cat(there), went.flatten(), behind.flatten()
         return self._routes[key]
