@@ -489,7 +489,8 @@ def main(
                 save(step)
             interrupt.leave(run_log)
     if start < iterations:      # else nothing was done
-        report_memory(run_log, memory, lambda: plan_ppo(cli.resolved, models=roles.all(), prompts=[len(p.tokens) for p in fitting]))
+        report_memory(run_log, memory, lambda: plan_ppo(cli.resolved, models=roles.all(), prompts=[len(p.tokens) for p in fitting],
+                                                        tested=[len(prompt) for prompt in test_prompts]))
     run_log.close(report=write_report)
     groups.shutdown()
 

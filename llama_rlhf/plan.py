@@ -156,6 +156,12 @@ def _packed(length: int, tokens: int) -> list[tuple[int, int]]:
     return [(length, 1)] * max(1, tokens // length)
 
 
+def _slots(f, config: ModelConfig, dtype: torch.dtype, asked: int, longest: int) -> int:
+    """Rows decoded at once: those asked for, or as many as --max_cache_gb allows."""
+    each = CausalLM(replace(config, n_layers=1), dtype=dtype).cache_bytes(1, longest) * config.n_layers
+    return asked if f.max_cache_gb <= 0 else max(1, min(asked, int(f.max_cache_gb * 1e9 / max(1, each))))
+
+
 def _shown(rows: list[tuple[int, int]]) -> str:
     return f"micro-batches of {len(rows)} rows, {sum(length for length, _ in rows)} tokens"
 
@@ -195,16 +201,18 @@ def plan_evaluation(flags: dict, *, config: ModelConfig | None = None, prompts: 
         cli.check_range(1, max_batch_size=f.max_batch_size)
         whole = min(config.max_seq_len, f.max_seq_len if f.max_seq_len != -1 else max(prompts, default=f.max_new_tokens) + f.max_new_tokens)
         prompt = max(prompts, default=max(1, whole - f.max_new_tokens))
-        slots = min(f.max_batch_size, -(-len(prompts) * f.num_samples_per_prompt // groups.dp_size()) or f.max_batch_size)
-        roles = {} if f.samples_file else {"solver": [generating(config, prompt, min(whole, prompt + f.max_new_tokens), slots, **options)]}
+        longest = min(whole, prompt + f.max_new_tokens)
+        slots = _slots(f, config, options["dtype"], min(f.max_batch_size, -(-len(prompts) * f.num_samples_per_prompt // groups.dp_size()) or f.max_batch_size), longest)
+        roles = {} if f.samples_file else {"solver": [generating(config, prompt, longest, slots, **options)]}
         if f.verifier_ckpt_dir:
             roles["verifier"] = [passes(config, _packed(whole, _PACK_TOKENS), model_class=ValueModel, trains=False, **options)]
         return Plan(f"{title}, {slots} rows of up to {whole} tokens decoded together", roles, in_turn=True)
 
 
 @_of_largest_rank
-def plan_ppo(flags: dict, *, models: dict[str, Transformer] | None = None, prompts: Sequence[int] = ()) -> Plan:
-    """Of ppo_train, with the longest responses. models: role -> the loaded one; without, those that the flags ask for, alike in size."""
+def plan_ppo(flags: dict, *, models: dict[str, Transformer] | None = None, prompts: Sequence[int] = (), tested: Sequence[int] = ()) -> Plan:
+    """Of ppo_train, with the longest responses. models: role -> the loaded one; without, those that the flags ask for, alike in size.
+    prompts, tested: lengths of what is trained on, and of the problems of the evaluations."""
     with _layout(flags, models["actor"].config if models else None) as (f, config, options, title):
         algorithm = named(f.algorithm)
         if models is None:
@@ -223,5 +231,10 @@ def plan_ppo(flags: dict, *, models: dict[str, Transformer] | None = None, promp
             if role in ("actor", "critic"):
                 roles[role] = [passes(config, rows, model_class=model_class, lora=lora, dtype=dtype, accumulates=True, **_trained(f)), looks]
             if role == "actor":
-                roles[role].append(generating(config, prompt, length, min(f.rollout_batch_size, -(-f.max_buffer_size // groups.dp_size())), lora=lora, dtype=dtype))
+                slots = _slots(f, config, dtype, min(f.rollout_batch_size, -(-f.max_buffer_size // groups.dp_size())), length)
+                roles[role].append(generating(config, prompt, length, slots, lora=lora, dtype=dtype))
+                if f.label_file:
+                    longest, whole = max(tested, default=prompt), f.max_seq_len if f.max_seq_len != -1 else config.max_seq_len
+                    slots = min(f.eval_batch_size, -(-len(tested) // groups.dp_size()) or f.eval_batch_size)
+                    roles[role].append(generating(config, longest, min(longest + f.max_new_tokens, whole), slots, lora=lora, dtype=dtype))
         return Plan(f"{title}, prompts of {prompt} and responses of {f.max_new_tokens} tokens, {_shown(rows)}", roles, share=options["lora"] is not None, **_ways(f, options))
