@@ -1,5 +1,6 @@
 """Reading and writing checkpoint containers, against torch, safetensors, zipfile, gguf and sums by hand."""
 
+import gc
 import hashlib
 import importlib.util
 import json
@@ -7,6 +8,7 @@ import os
 import resource
 import shutil
 import struct
+import sys
 import threading
 import time
 import types
@@ -608,7 +610,7 @@ def written(path, content):
 
 
 def test_written_files_load_with_torch_as_the_same_dictionary(tmp_path):
-    path, content = tmp_path / "größe.pth", tensors()
+    path, content = tmp_path / "größe.pth", {**tensors(), "empty inside": torch.zeros(2, 0, 3)}
     content["fp8"] = torch.arange(8.0).to(torch.float8_e4m3fn)
     result = written(path, content)
     data = path.read_bytes()
@@ -618,7 +620,7 @@ def test_written_files_load_with_torch_as_the_same_dictionary(tmp_path):
         assert type(loaded) is dict and list(loaded) == list(content)
         for name, tensor in content.items():
             assert loaded[name].is_contiguous() and loaded[name].dtype == tensor.dtype
-            assert loaded[name].shape == tensor.shape
+            assert loaded[name].shape == tensor.shape and loaded[name].stride() == tensor.stride()
             assert loaded[name].view(-1).view(torch.uint8).tolist() == tensor.view(-1).view(torch.uint8).tolist()
     with open_file(path) as file:
         assert set(file.infos) == set(content)
@@ -648,7 +650,7 @@ def test_a_damaged_record_is_found_by_its_crc(tmp_path):
 
 def test_files_beyond_four_gigabytes_use_64_bit_sizes(tmp_path, monkeypatch):
     """Lowering zipfile's limit exercises the same code as 4 GB would."""
-    content = {"big": torch.arange(1000), "small": torch.ones(3), "late": torch.arange(5)}
+    content = {"big": torch.arange(1000), "small": torch.ones(3), "just below": torch.arange(245), "late": torch.arange(5)}
     monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 2000)
     written(tmp_path / "x.pth", content)
     monkeypatch.undo()
@@ -661,10 +663,13 @@ def test_files_beyond_four_gigabytes_use_64_bit_sizes(tmp_path, monkeypatch):
         assert all(same(loaded[name], tensor) and loaded[name].data_ptr() % 64 == 0 for name, tensor in content.items())
 
 
-def test_a_view_is_stored_as_its_own_elements_only(tmp_path):
+@pytest.mark.parametrize("chunk", [1 << 20, 24])
+def test_a_view_is_stored_as_its_own_elements_only(chunk, tmp_path, monkeypatch):
+    """Whether many rows go at a time, or a row is larger than what is written at a time."""
+    monkeypatch.setattr("llama_rlhf.checkpoint.writer.CHUNK_BYTES", chunk)
     big = torch.arange(100_000).view(100, 1000)
     views = {"row": big[3], "column": big[:, 7], "block": big[10:20, 5:9], "transposed": big[:4, :4].t(),
-             "expanded": torch.ones(1, 3).expand(4, 3), "parameter": torch.nn.Parameter(torch.ones(2))}  # fmt: skip
+             "expanded": torch.ones(1, 3).expand(4, 3), "one element": big[3:4, 7], "one row": torch.arange(6.0).view(3, 2).t()[None], "parameter": torch.nn.Parameter(torch.ones(2))}  # fmt: skip
     result = written(tmp_path / "x.pth", views)
     assert result["size"] < 20_000
     loaded = torch.load(tmp_path / "x.pth", weights_only=True)
@@ -697,8 +702,10 @@ def test_changing_a_tensor_after_write_changes_neither_file_nor_hash(kind, tmp_p
     assert digests[0] == digests[1]
 
 
-def test_an_error_leaves_no_partial_file_and_no_thread(tmp_path):
-    path, threads = tmp_path / "x.pth", threading.active_count()
+def test_an_error_leaves_no_partial_file_and_no_thread(tmp_path, monkeypatch):
+    """Nor a complaint of zipfile's when the writer is collected, which would want to write its table of contents."""
+    path, threads, complaints = tmp_path / "x.pth", threading.active_count(), []
+    monkeypatch.setattr(sys, "unraisablehook", lambda fault: complaints.append(fault.exc_value))
     with pytest.raises(RuntimeError, match="mine"):
         with PthWriter(path) as writer:
             writer.write("a", torch.ones(1 << 18))
@@ -711,7 +718,13 @@ def test_an_error_leaves_no_partial_file_and_no_thread(tmp_path):
                 writer.write("a", torch.ones(1))
                 writer.write(bad_name, bad)
         assert not path.exists()
-    assert threading.active_count() == threads
+    del writer
+    gc.collect()
+    assert threading.active_count() == threads and not complaints
+    for writer in (PthWriter(path), SafetensorsWriter(path, {})):
+        writer.close()
+        with pytest.raises(CheckpointError, match="already closed, cannot write a"):
+            writer.write("a", torch.ones(1))
 
 
 def test_a_full_disk_or_a_wrong_place_is_an_error_that_names_the_path(tmp_path):

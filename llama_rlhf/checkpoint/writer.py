@@ -194,11 +194,9 @@ def _chunks(tensor):
     if n_bytes == 0:
         return
     if tensor.is_contiguous():
-        flat = tensor.reshape(-1).view(torch.uint8)
+        flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)  # of a single element the stride may be any
         for start in range(0, n_bytes, CHUNK_BYTES):
             yield flat[start : start + CHUNK_BYTES].cpu().numpy()
-    elif tensor.shape[0] == 1:
-        yield from _chunks(tensor.contiguous())
     else:  # columns of a matrix, say: a few rows at a time stay in the processor's cache, a copy of all would not
         n_rows = max(1, CHUNK_BYTES * tensor.shape[0] // n_bytes)
         for start in range(0, tensor.shape[0], n_rows):
