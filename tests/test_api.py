@@ -165,6 +165,16 @@ def test_out_of_memory_while_generating_halves_the_batch(model, monkeypatch, cap
     with pytest.raises(RuntimeError, match="another fault"):
         generate(model, PROMPTS, **options)
 
+    def among_others(self):     # whose ranks wait: one that goes back alone would leave them waiting
+        assert monkeypatch.setattr(groups, "tp_size", lambda: 2) is None
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for decode, n in ((lambda self: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory.")), 3), (among_others, 0)):      # 12, 6, 3 rows, and one
+        monkeypatch.setattr(generation._Batch, "decode", decode)
+        with pytest.raises(torch.OutOfMemoryError):
+            generate(model, PROMPTS, **options)
+        assert capsys.readouterr().out.count("out of memory") == n
+
 
 def test_the_cache_is_gone_when_generation_ends(model, monkeypatch):
     """At once, not when garbage is collected: the memory is the next phase's."""
@@ -416,6 +426,35 @@ def test_no_end_token_comes_before_min_new_tokens(model):
     (short,), = generation.generate(model.model, [ids], eos_ids=tuple(ends), max_new_tokens=12)
     (long,), = generation.generate(model.model, [ids], eos_ids=tuple(ends), max_new_tokens=12, min_new_tokens=6)
     assert len(short.tokens) == 1 and short.finished and len(long.tokens) >= 6 and ends.isdisjoint(long.tokens[:6])
+    (next_one,), = generation.generate(model.model, [ids], eos_ids=tuple(range(2, 260)), max_new_tokens=12, min_new_tokens=6)
+    assert len(next_one.tokens) == 7 and next_one.finished and set(next_one.tokens[:6]) <= {0, 1}       # the seventh may be an end again
+
+
+def test_prompts_prefill_in_packs_and_rows_end_where_there_is_no_more_room(model, monkeypatch):
+    """What is computed, in which packs, by hand; where rows end; and that a prompt draws the same numbers in another list."""
+    prompts, passes, forward = [[5, 9, 11, 7, 3, 8] + [40 + i] * 3 for i in range(5)], [], generation._Batch._forward
+    monkeypatch.setattr(generation._Batch, "_forward", lambda self, slots, tokens, behind: passes.append((slots, [len(row) for row in tokens], behind)) or forward(self, slots, tokens, behind))
+    options = dict(eos_ids=(), max_new_tokens=4, n_samples=2, max_batch_size=8, sampling=generation.Sampling(1.0))
+    found = {}
+    for saves, limit, wanted, computed in ((256, 18, [([0, 2], [9, 9], 0), ([4, 6], [9, 9], 0), ([0], [9], 0)], 45),
+                                           (1, 7, [([0], [6], 0), ([0, 2], [3, 3], 6), ([4, 6], [3, 3], 6), ([0], [3], 6)], 21)):
+        monkeypatch.setattr(generation, "_PREFIX_SAVES", saves)
+        monkeypatch.setattr(generation, "_PREFILL_TOKENS", limit)
+        passes.clear()
+        facts = generation.Statistics()
+        found[saves] = [[row.tokens for row in rows] for rows in generation.generate(model.model, prompts, statistics=facts, **options)]
+        assert passes == wanted and facts.prompt_tokens == computed
+        assert (facts.new_tokens, facts.decode_rows, facts.slot_steps) == (40, 30, 8 * 6) and all(len(tokens) == 4 for rows in found[saves] for tokens in rows)
+    assert found[1] == found[256] and all(first != second for first, second in found[1])
+    rest = generation.generate(model.model, prompts[3:], request_ids=[3, 4], **options)
+    assert [[row.tokens for row in rows] for rows in rest] == found[1][3:]
+    monkeypatch.setattr(generation, "_PREFIX_SAVES", 12)
+    assert [generation._prefix(model.model, prompts[:n]) for n in (1, 2, 3)] == [0, 0, 6]
+    for most, lengths, ends in ((12, (9, 11), (3, 1)), (9999, (250, 252), (6, 4))):
+        rows = generation.generate(model.model, [[5] * n for n in lengths], eos_ids=(), max_new_tokens=20, max_seq_len=most)
+        assert [(len(row.tokens), row.finished) for row, in rows] == [(n, False) for n in ends]
+    assert [[(row.sample, row.tokens, row.finished) for row in rows] for rows in generation.generate(model.model, prompts[:2], eos_ids=(), max_new_tokens=0, n_samples=2)] == \
+        [[(0, [], False), (1, [], False)]] * 2
 
 
 def test_numbers_out_of_range_are_refused(model):
