@@ -1,5 +1,6 @@
 """The tensor-parallel collectives: shared memory and gloo give the same sums; timeouts reach every group; a late rank is named."""
 
+import os
 import time
 
 import pytest
@@ -51,6 +52,25 @@ def test_shared_memory_equals_gloo_and_ranks_agree(n):
         if dtype == "bfloat16":
             assert torch.equal(torch.from_numpy(total), exact.to(torch.bfloat16).double())      # sums of three in fp32 are exact here
         assert (most == parts.max(0, initial=-99)).all() and (strided == total).all()
+
+
+def test_a_full_dev_shm_is_an_error_that_leaves_no_file(world_of_one, monkeypatch):
+    import tempfile
+
+    from llama_rlhf.parallel import groups, shared_memory
+    make, made = tempfile.mkstemp, []
+
+    def full(descriptor, start, n_bytes):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkstemp", lambda **options: made.append(make(**options)) or made[-1])
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(MemoryError, match="/dev/shm has no room for 16 MiB"):
+        shared_memory.SharedMemoryGroup(groups.tp_group(), 5)
+    (descriptor, path), = made
+    assert path.startswith("/dev/shm/") and not os.path.exists(path)
+    with pytest.raises(OSError):
+        os.fstat(descriptor)
 
 
 def late():

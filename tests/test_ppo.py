@@ -460,6 +460,22 @@ def test_roles_that_wait_elsewhere_change_nothing(lora_rank, toy, tmp_path):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_trained_weights_that_wait_are_copied_each_time_frozen_ones_once_and_shared_ones_stay(world_of_one):
+    """What comes back from another device is simulated by a copy; and bytes by hand, shared ones once."""
+    from llama_rlhf.roles import Roles
+    actor, critic = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2, dtype=torch.bfloat16)
+    critic.base = actor.base = torch.nn.Parameter(torch.ones(5), requires_grad=False)
+    actor.weight.requires_grad_(False)
+    roles = Roles(actor, critic=critic)
+    assert (roles.n_bytes(), roles.n_bytes(training=True)) == (4 * (6 + 2 + 5) + 2 * 8, 4 * 13 + 16 + 12 * 2 + 16 * 8)
+    shared, frozen = actor.base.data_ptr(), actor.weight.detach().clone()
+    for step in range(3):
+        roles.send_away(actor)
+        assert torch.equal(actor.weight, frozen) and (step == 0 or (actor.bias == step).all()) and actor.base.data_ptr() == shared
+        for p in (actor.weight, actor.bias):
+            p.data = torch.full_like(p.data, step + 1.0)
+
+
 def test_a_buffer_in_which_every_response_was_cut_is_warned_about():
     from llama_rlhf.ppo import warnings
     assert warnings({"finished_share": 0.25}, True) == []
