@@ -20,6 +20,7 @@ from llama_rlhf.records import naming, read_records
 from llama_rlhf.reward import pairs_by_label, probability, score_together, show_verifier, verifier_metrics
 from llama_rlhf.runlog import progress_line
 from llama_rlhf.scoring import pass_at_k, selection, wilson_interval
+from llama_rlhf.tasks import running
 from llama_rlhf.trainer import response_logprobs
 
 
@@ -71,7 +72,8 @@ def answer(model: CausalLM, tokenizer, task, problems, prompts: list[list[int]],
     rows = []
     for i, samples in zip(mine, responses):
         for response in samples:
-            score = task.score(problems[i], response.text, response.finished, rule=rule)
+            with running(f"the task's score failed for problem {problems[i].id}"):
+                score = task.score(problems[i], response.text, response.finished, rule=rule)
             rows.append({"id": problems[i].id, "sample": response.sample, "prompt": problems[i].prompt, "response": response.text,
                          "answer": score["answer"], "label": problems[i].label, "correct": score["correct"][rule], "points": score["score"],
                          "finished": response.finished, "n_tokens": len(response.tokens), "answers": score["answers"],

@@ -23,7 +23,7 @@ from llama_rlhf.models.transformer import ValueModel
 from llama_rlhf.parallel import groups
 from llama_rlhf.reward import normalise, score_responses
 from llama_rlhf.sampling import Sampling
-from llama_rlhf.tasks import import_file
+from llama_rlhf.tasks import import_file, running
 from llama_rlhf.trainer import response_logprobs, response_values
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -195,12 +195,14 @@ class Reward:
         """(right or not, weighted parts) from what needs no model."""
         correct, parts = None, {}
         if self.task is not None and prompt.problem is not None:
-            score = self.task.score(prompt.problem, text, finished, rule=self.rule, reward=True)
+            with running(f"the task's score failed for prompt {prompt.id}"):
+                score = self.task.score(prompt.problem, text, finished, rule=self.rule, reward=True)
             correct = score["correct"][self.rule]
             if self.rule_weight:
                 parts["rule"] = self.rule_weight * score["score"]
         if self.function is not None:
-            value = self.function(prompt.text, text, getattr(prompt.problem, "label", None))
+            with running(f"the reward function failed for prompt {prompt.id}"):
+                value = self.function(prompt.text, text, getattr(prompt.problem, "label", None))
             try:
                 parts["function"] = self.function_weight * float(value)
             except (TypeError, ValueError):

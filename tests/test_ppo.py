@@ -313,6 +313,23 @@ def test_faults_of_rewards_follow_the_stated_rule(toy, tmp_path):
     ok(ppo(toy, tmp_path / "judged", reward_model_ckpt_dir=toy / "reward", **flags))
 
 
+def test_code_of_the_users_that_fails_is_named_with_its_line(tmp_path):
+    """A ValueError of a reward function stood alone, "invalid literal for int()", and one that ended the program ended it with exit code 0."""
+    from llama_rlhf.rollout import Prompt, Reward, load_reward_function
+    file = tmp_path / "rewards.py"
+    file.write_text("def number(text):\n    return int(text)\n\n\ndef of(prompt, response, label):\n    return number(response)\n\n\n"
+                    "def leaves(prompt, response, label):\n    raise SystemExit(0)\n")
+    for name, line, why in (("of", 2, "ValueError: invalid literal for int() with base 10: 'abc'"), ("leaves", 10, "SystemExit: 0")):
+        with pytest.raises(ValueError) as error:
+            Reward(function=load_reward_function(f"{file}:{name}")).judge_text(Prompt(7, "p", [1]), "abc", True)
+        assert str(error.value) == f"the reward function failed for prompt 7: {file}, line {line}: {why}"
+    for text, line, why in (("import sys\nsys.exit(0)", 2, "SystemExit: 0"), ("import no_such_package", 1, "ModuleNotFoundError: No module named 'no_such_package'")):
+        file.write_text(text)
+        with pytest.raises(ValueError) as error:
+            load_reward_function(f"{file}:of")
+        assert str(error.value) == f"{file} cannot be imported: {file}, line {line}: {why}"
+
+
 def test_a_continued_run_must_have_its_data_and_room(toy, tmp_path, monkeypatch):
     flags = dict(max_iterations=2, save_steps=1, reward_function=f"{toy / 'rewards.py'}:evens", train_file=tmp_path / "prompts.json")
     (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))

@@ -12,11 +12,13 @@ number it merely passed by. `load_file` is all there is to `load` when problems 
 colon, as in `reasoning_gym:chain_sum`, has `task(rest)` instead, which returns an object with those names. docs/TASKS.md has an example.
 """
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
 import os
 import pkgutil
+import traceback
 from dataclasses import dataclass, field
 
 from llama_rlhf.records import located, naming, read_records
@@ -86,10 +88,24 @@ def import_file(path):
         raise ValueError(f"{path}: not a Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        with running(f"{path} cannot be imported"):
+            spec.loader.exec_module(module)
     except SyntaxError as error:
         raise ValueError(f"{error.filename}, line {error.lineno}: {error.msg}. Python cannot read this file.") from error
     return module
+
+
+@contextlib.contextmanager
+def running(what):
+    """Inside, code of the user's runs. A ValueError says what failed, why, and on which line of the user's file; also where that code wanted to end the program."""
+    try:
+        yield
+    except SyntaxError:
+        raise
+    except (Exception, SystemExit) as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__)[2:] if not f.filename.startswith("<frozen")]    # not ours: this, and who called it
+        place = [f"{f.filename}, line {f.lineno}" for f in frames if f.filename == frames[0].filename][-1:]
+        raise ValueError(f"{what}: {': '.join([*place, type(error).__name__])}: {error}") from error
 
 
 def choose_rule(task, rule):
