@@ -470,6 +470,23 @@ def test_a_save_is_on_the_disk_before_it_has_its_name(world_of_one, tmp_path, mo
     assert [event[0] for event in (events[at - 1], events[at + 1])] == [(tmp_path / name).stat().st_ino for name in ("run/save", "run")]
 
 
+def test_a_save_whose_tokenizer_is_gone_says_so_and_takes_no_other(world_of_one, tmp_path, capsys):
+    """The folder that a run began from was removed while it ran: its saves had no tokenizer, without a word, or that of a folder above."""
+    from toys import add_bytes_tokenizer, make_hf
+
+    from llama_rlhf.checkpoint.shards import load_model, save_model
+    make_hf(tmp_path / "hf", "llama-9-3")
+    for folder in (tmp_path, tmp_path / "hf"):
+        add_bytes_tokenizer(folder)
+    model = load_model(str(tmp_path / "hf"))
+    save_model(model, str(tmp_path / "run/step-1"), companions=str(tmp_path / "hf"))
+    assert "note" not in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "hf")
+    save_model(model, str(tmp_path / "run/step-2"), companions=str(tmp_path / "hf"))
+    assert f"{tmp_path / 'hf'} has no tokenizer's files, so {tmp_path / 'run/step-2'} is saved without" in capsys.readouterr().out
+    assert [(tmp_path / f"run/step-{n}/tokenizer.bytes.json").exists() for n in (1, 2)] == [True, False]
+
+
 def test_old_saves_go_the_newest_and_the_spared_stay(world_of_one, tmp_path, monkeypatch):
     """What is half removed has lost its name before its files; a folder of saves stands for the newest of them."""
     from llama_rlhf.checkpoint import store

@@ -190,7 +190,7 @@ def copy_companions(source: str, target: str) -> dict:
     if (gguf := _gguf(Path(source))) is not None:
         from llama_rlhf.checkpoint.gguf_tokenizer import write_tokenizer_files
         return {os.path.basename(path): store.seal(path) for path in write_tokenizer_files(str(gguf), target)}
-    for folder in (source, os.path.dirname(os.path.abspath(source))):      # Meta keeps tokenizer.model one folder up
+    for folder in (source, os.path.dirname(os.path.abspath(source))) if os.path.exists(source) else ():      # Meta keeps tokenizer.model one folder up
         found = [name for name in COMPANIONS if os.path.isfile(os.path.join(folder, name))]
         found += sorted(f"{NAMED_TEMPLATES}/{path.name}" for path in Path(folder, NAMED_TEMPLATES).glob("*.jinja") if path.is_file())
         if any("tokenizer" in name or "tiktoken" in name for name in found):
@@ -234,6 +234,8 @@ def save_model(model: Transformer, folder: str, *, companions: str, trainer=None
 
     def write(temporary: str) -> dict:
         result = _write_companions(temporary, config, companions) if groups.is_main() else {}
+        if len(result) == 1:
+            groups.log(f"note: {companions} has no tokenizer's files, so {folder} is saved without. Copy them into it before it is used.")
         if writes:
             name = f"consolidated.{groups.tp_rank():02d}.pth"
             with PthWriter(os.path.join(temporary, name)) as writer:
