@@ -65,12 +65,36 @@ def test_the_other_rank_ends_within_seconds(kind, size, target, nth, toy, tmp_pa
     assert ended.lag < 10 or ended.disturbed
 
 
-def test_a_stuck_rank_is_named_before_the_timeout(toy, tmp_path):
-    script, flags = flags_of("SFT", toy, tmp_path / "run", timeout_seconds=6, model_parallel_size=1)
+def test_a_rank_that_waits_in_shared_memory_stands_in_one_place():
+    """The loop it waits in was looked at on another of its lines now and then, so half of --timeout_seconds never passed in one place."""
+    import threading
+    import time
+
+    import numpy
+
+    from llama_rlhf.parallel.shared_memory import SharedMemoryGroup
+    from llama_rlhf.parallel.watch import place_of
+    group, seen = object.__new__(SharedMemoryGroup), []
+    group.rank, group.size, group.timeout_seconds, group._others, group._round, group._pids = 0, 2, 60.0, [1], 0, [os.getpid()] * 2
+    group._data, group._counters = torch.zeros(2, 2, 64, dtype=torch.uint8), numpy.zeros(2, dtype=numpy.int64)
+    waits = threading.Thread(target=lambda: group.all_reduce_(torch.zeros(4), "sum"))
+    waits.start()
+    for _ in range(300):
+        time.sleep(0.005)
+        seen.append(place_of(waits.ident))
+    group._counters[1] = 1
+    waits.join()
+    assert len(set(seen[20:])) == 1 and seen[-1][1] == "_exchange", set(seen)
+
+
+@pytest.mark.parametrize("size,collective", [(1, "all_reduce"), (2, "_exchange")])
+def test_a_stuck_rank_is_named_before_the_timeout(size, collective, toy, tmp_path):
+    """Tensor-parallel ranks wait in a loop of their own: as they stood on another line of it whenever they were looked at, they seemed to go on."""
+    script, flags = flags_of("SFT", toy, tmp_path / "run", timeout_seconds=6, model_parallel_size=size)
     ended = run(script, flags, 2, [("kill", 1, STEP, 3, 0.0, signal.SIGSTOP)], folder=tmp_path, timeout=12)
     text = ended.texts[0]
     assert ended.codes == [1, None], ended
-    assert "rank 0 has waited" in text and "in all_reduce (solver_train.py:" in text and "rank 1 (process" in text and "no sign of life" in text, text
+    assert "rank 0 has waited" in text and f"in {collective} (solver_train.py:" in text and "rank 1 (process" in text and "no sign of life" in text, text
     assert text.index("rank 0 has waited") < text.index("lost another rank")
 
 

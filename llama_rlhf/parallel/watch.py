@@ -23,9 +23,10 @@ def place_of(thread_id: int) -> tuple[str, str]:
     frame, ours, collective = sys._current_frames().get(thread_id), [], ""
     while frame is not None:
         path, name = frame.f_code.co_filename, frame.f_code.co_name
-        if "torch/distributed/distributed_c10d" in path or name == "_exchange" and path.startswith(_PACKAGE):
+        spins = name == "_exchange" and path.startswith(_PACKAGE)       # a loop: who waits in it stands on another line at every look
+        if "torch/distributed/distributed_c10d" in path or spins:
             collective = name if name != "wrapper" else collective      # the outermost of them: what the program called
-        if path.startswith(_PACKAGE) or os.path.dirname(path) == _ROOT:
+        if path.startswith(_PACKAGE) and not spins or os.path.dirname(path) == _ROOT:
             ours.append(f"{os.path.basename(path)}:{frame.f_lineno} {name}")
         frame = frame.f_back
     return " > ".join(reversed([x for x in ours if not x.endswith((" run", " _call_through_fire", " <module>"))])), collective
