@@ -380,7 +380,8 @@ def main(
         run_log.resumed(start)
     run_log.write(f"{len(fitting)} prompts of {train_file}" + (f" ({len(prompts) - len(fitting)} too long, dropped)" if len(fitting) < len(prompts) else "")
                   + f"; {iterations} iterations" + (f" (--epochs {epochs} has no more)" if max_iterations > iterations and not replay else "")
-                  + f" of {n_prompts} prompts x {num_samples_per_prompt} responses, {steps_each} optimizer steps each; {algorithm}; "
+                  + f" of {n_prompts} prompts x {num_samples_per_prompt} responses, {steps_each} optimizer steps each"
+                  + (f", the actor's from iteration {warmup + 1} on (--critic_warmup)" if warmup else "") + f"; {algorithm}; "
                   f"{groups.tp_size()} tensor-parallel x {groups.dp_size()} data-parallel ranks, {train_dtype}\n"
                   f"actor: {actor_trainer.describe()}" + (f"\ncritic: {critic_trainer.describe()}" if critic_trainer else "")
                   + f"\nweights of {', '.join(roles.all())}: {roles.n_bytes() / 1e9:.2f} GB on this rank" + (f"\nresumed after iteration {start}" if start else ""))

@@ -181,7 +181,7 @@ class Trainer:
         if self.skipped_in_a_row >= self.max_skipped_steps and (scale == 1.0 or finite):
             raise FloatingPointError(
                 f"{self.skipped_in_a_row} steps in a row were skipped: loss or gradient not finite{f', or its norm above {self.spike:g}' if self.spike < math.inf else ''} "
-                f"(last: loss {mean_loss}, gradient norm {grad_norm}). Lower --lr, use --dtype fp32, or look at the data. "
+                f"(last: loss {mean_loss:g}, gradient norm {grad_norm:g}). Lower --lr (PPO: --actor_lr or --critic_lr), use --dtype fp32, or look at the data. "
                 f"{f'The last good checkpoint is {self.last_save}' if self.last_save else 'Nothing has been saved yet'}.")
         return StepResult(mean_loss, n_tokens, grad_norm, lr, not usable)
 

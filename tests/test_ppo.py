@@ -250,7 +250,8 @@ def test_a_run_killed_in_its_first_save_starts_over(toy, tmp_path):
 
 def test_the_critic_may_have_adapters_of_another_rank(toy, tmp_path):
     run_ranks(1, save_reward_model, str(toy / "hf"), str(tmp_path / "reward"), (3, 6.0))
-    out = ok(ppo(toy, tmp_path / "run", reward_model_ckpt_dir=tmp_path / "reward", lora_rank=2, max_iterations=99))
+    out = ok(ppo(toy, tmp_path / "run", reward_model_ckpt_dir=tmp_path / "reward", lora_rank=2, max_iterations=99, critic_warmup=1))
+    assert "optimizer steps each, the actor's from iteration 2 on (--critic_warmup); ppo" in out
     assert "2 iterations (--epochs 1 has no more) of 8 prompts" in out
     assert "holds adapters of rank 3, alpha 6; it continues with those" in out
     assert "critic: training" in out
