@@ -80,6 +80,8 @@ def generate(model: LanguageModel, prompts, **options):
       statistics, on_step, request_ids: see generation.generate
     Returns a Response where one prompt is given and n_samples is 1, else a list in place of each of the two.
     """
+    if isinstance(prompts, dict):
+        raise ValueError("a conversation is a list of messages: [{\"role\": \"user\", \"content\": ...}], also where there is one")
     single = isinstance(prompts, str) or len(prompts) > 0 and isinstance(_plain(prompts[0]), (int, dict))
     answers: list = respond(model, [prompts] if single else prompts, **options)
     if options.get("n_samples", 1) == 1:
@@ -95,7 +97,7 @@ def respond(model: LanguageModel, prompts: Sequence, **options) -> list[list[Res
 
 
 def stream(model: LanguageModel, prompt, **options) -> Iterator[str]:
-    """Collective. The text of the response to one prompt, in pieces as they come. options: as of `generate`, but for n_samples."""
+    """Collective. The text of the response to one prompt, in pieces as they come. options: as of `generate`, but for n_samples and on_step."""
     if options.get("n_samples", 1) != 1:
         raise ValueError(f"n_samples={options['n_samples']}: a stream is the text of one response; `generate` gives several")
     (row,), options, ends = _prepare(model, [prompt], **options)
@@ -111,11 +113,11 @@ def stream(model: LanguageModel, prompt, **options) -> Iterator[str]:
             shown = text
 
 
-def _prepare(model: LanguageModel, prompts: Sequence, *, stop: Sequence[str] | str = (), temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+def _prepare(model: LanguageModel, prompts: Sequence, *, stop: Sequence[str] | str | None = (), temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
              min_p: float = 0.0, seed: int = 0, use_chat_template: bool | None = None, system_prompt: str | None = None,
              **options) -> tuple[list[list[int]], dict, tuple[str, ...]]:
     """Token ids of the prompts, options of generation.steps, stop strings."""
-    ends = (stop,) if isinstance(stop, str) else tuple(stop)
+    ends = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if "" in ends:
         raise ValueError("an empty stop string would end every response before it begins")
     rows = []

@@ -112,6 +112,12 @@ def test_stop_strings_end_a_response_and_are_no_part_of_it(model):
         generate(model, "?", stop="")
 
 
+def test_a_message_alone_is_refused_and_no_stop_string_is_none(model):
+    with pytest.raises(ValueError, match="a conversation is a list of messages"):
+        generate(model, {"role": "user", "content": "What?"})
+    assert generate(model, "What?", max_new_tokens=4, stop=None).tokens == generate(model, "What?", max_new_tokens=4).tokens
+
+
 def test_conversations_need_a_chat_template_and_say_so(model):
     with pytest.raises(ValueError, match="chat"):
         generate(model, [{"role": "user", "content": "?"}])
