@@ -100,6 +100,8 @@ def stream(model: LanguageModel, prompt, **options) -> Iterator[str]:
     """Collective. The text of the response to one prompt, in pieces as they come. options: as of `generate`, but for n_samples and on_step."""
     if options.get("n_samples", 1) != 1:
         raise ValueError(f"n_samples={options['n_samples']}: a stream is the text of one response; `generate` gives several")
+    if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], (str, list, tuple)):
+        raise ValueError("a stream is the response to one prompt; `generate` takes several")
     (row,), options, ends = _prepare(model, [prompt], **options)
     shown, tokens = "", []
     for new, completed in generation.steps(model.model, [row], **options):

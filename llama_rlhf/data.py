@@ -61,6 +61,8 @@ def encode_prompt(tokenizer, prompt, *, use_chat_template=False, system_prompt=N
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not messages:
         raise ValueError("a chat prompt needs at least one message")
+    if wrong := [message for message in messages if not isinstance(message, dict) or "role" not in message or "content" not in message and not use_chat_template]:
+        raise ValueError(f"a message of a conversation is {{\"role\": ..., \"content\": ...}}, not {wrong[0]!r:.100}")
     if system_prompt is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system_prompt})
     if use_chat_template:

@@ -105,9 +105,10 @@ def steps(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, ...]
     cuda_graphs: whether decode steps are recorded and replayed, see decode_graphs.records_steps.
     The weights must not change before the last step, or until the iterator is closed.
     """
-    for name, value in (("max_batch_size", max_batch_size), ("n_samples", n_samples), ("max_seq_len", max_seq_len if max_seq_len is not None else 1)):
-        if value < 1:
-            raise ValueError(f"{name} {value} must be at least 1")
+    for name, value in (("max_batch_size", max_batch_size), ("n_samples", n_samples), ("max_seq_len", max_seq_len if max_seq_len is not None else 1),
+                        ("max_new_tokens", max_new_tokens)):
+        if value < (least := int(name != "max_new_tokens")):
+            raise ValueError(f"{name} {value} must be at least {least}")
     max_seq_len = min(max_seq_len or model.config.max_seq_len, model.config.max_seq_len)
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) < max_seq_len:

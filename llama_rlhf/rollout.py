@@ -9,6 +9,7 @@ the models, and group baselines, whitening and statistics become plain functions
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -201,10 +202,12 @@ class Reward:
             if self.rule_weight:
                 parts["rule"] = self.rule_weight * score["score"]
         if self.function is not None:
-            with running(f"the reward function failed for prompt {prompt.id}"):
+            with running(f"the reward function failed for prompt {prompt.id}"), torch.no_grad():        # whatever it switches on, here and no longer
                 value = self.function(prompt.text, text, getattr(prompt.problem, "label", None))
             try:
                 parts["function"] = self.function_weight * float(value)
+            except OverflowError:       # of a number too large for a float: not finite, as the rule for bad responses has it
+                parts["function"] = math.inf
             except (TypeError, ValueError):
                 raise ValueError(f"the reward function returned {value!r} for prompt {prompt.id}; it must return a number") from None
         return correct, parts

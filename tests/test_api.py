@@ -82,6 +82,9 @@ def test_a_model_loads_where_the_caller_has_started_torch_distributed(folder, mo
 def test_a_stream_is_the_text_in_pieces(model):
     with pytest.raises(ValueError, match="n_samples=2: a stream is the text of one response"):
         next(stream(model, PROMPTS[1], n_samples=2))
+    for several in (PROMPTS, [[1, 2], [3]]):
+        with pytest.raises(ValueError, match="a stream is the response to one prompt; `generate` takes several"):
+            next(stream(model, several))
     for seed in range(4):
         options = dict(max_new_tokens=60, temperature=1.0, seed=seed)
         pieces, whole = list(stream(model, PROMPTS[1], **options)), generate(model, PROMPTS[1], **options).text
@@ -113,6 +116,8 @@ def test_stop_strings_end_a_response_and_are_no_part_of_it(model):
 
 
 def test_a_message_alone_is_refused_and_no_stop_string_is_none(model):
+    with pytest.raises(ValueError, match=r"a message of a conversation is .*, not {'role': 'user', 'text': 'x'}"):
+        generate(model, [{"role": "user", "text": "x"}], use_chat_template=False)
     with pytest.raises(ValueError, match="a conversation is a list of messages"):
         generate(model, {"role": "user", "content": "What?"})
     assert generate(model, "What?", max_new_tokens=4, stop=None).tokens == generate(model, "What?", max_new_tokens=4).tokens
@@ -465,6 +470,7 @@ def test_prompts_prefill_in_packs_and_rows_end_where_there_is_no_more_room(model
 
 def test_numbers_out_of_range_are_refused(model):
     for options, said in (({"max_batch_size": 0}, "max_batch_size 0 must be at least 1"), ({"n_samples": 0}, "n_samples 0"), ({"max_seq_len": -5}, "max_seq_len -5"),
+                          ({"max_new_tokens": -3}, "max_new_tokens -3 must be at least 0"),
                           ({"temperature": float("nan")}, "temperature nan"), ({"temperature": 1.0, "seed": 1 << 63}, "--seed 9223372036854775808 must be a number of 64 bits")):
         with pytest.raises(ValueError, match=said):
             generate(model, PROMPTS, **options)

@@ -314,6 +314,14 @@ def test_faults_of_rewards_follow_the_stated_rule(toy, tmp_path):
     ok(ppo(toy, tmp_path / "judged", reward_model_ckpt_dir=toy / "reward", **flags))
 
 
+def test_a_reward_beyond_every_float_is_not_finite_and_gradients_stay_off(tmp_path):
+    from llama_rlhf.rollout import Prompt, Reward, load_reward_function
+    (tmp_path / "rewards.py").write_text("import torch\n\n\ndef huge(prompt, response, label):\n    torch.set_grad_enabled(True)\n    return 10 ** 400\n")
+    with torch.no_grad():
+        parts = Reward(function=load_reward_function(f"{tmp_path / 'rewards.py'}:huge")).judge_text(Prompt(7, "p", [1]), "abc", True)[1]
+        assert parts == {"function": math.inf} and not torch.is_grad_enabled()
+
+
 def test_code_of_the_users_that_fails_is_named_with_its_line(tmp_path):
     """A ValueError of a reward function stood alone, "invalid literal for int()", and one that ended the program ended it with exit code 0."""
     from llama_rlhf.rollout import Prompt, Reward, load_reward_function
