@@ -314,6 +314,17 @@ def test_faults_of_rewards_follow_the_stated_rule(toy, tmp_path):
     ok(ppo(toy, tmp_path / "judged", reward_model_ckpt_dir=toy / "reward", **flags))
 
 
+def test_the_reward_function_of_the_guide_counts_as_it_says(tmp_path):
+    from llama_rlhf.rollout import Prompt, Reward, load_reward_function
+    from llama_rlhf.tasks import Problem
+    with open(os.path.join(ROOT, "docs/PPO.md")) as file:
+        (tmp_path / "rewards.py").write_text(re.search(r"```python\n(.*?)```", file.read(), re.DOTALL)[1])
+    reward = Reward(function=load_reward_function(f"{tmp_path / 'rewards.py'}:right_and_short"))
+    problem = Problem(id=0, prompt="6 * 7?", solution="", label="42")
+    assert reward.judge_text(Prompt(0, "6 * 7?", [1], problem), "It is 42", True)[1]["function"] == pytest.approx(0.992)
+    assert reward.judge_text(Prompt(0, "6 * 7?", [1]), "It is 42", True)[1]["function"] == pytest.approx(-0.008)
+
+
 def test_a_reward_beyond_every_float_is_not_finite_and_gradients_stay_off(tmp_path):
     from llama_rlhf.rollout import Prompt, Reward, load_reward_function
     (tmp_path / "rewards.py").write_text("import torch\n\n\ndef huge(prompt, response, label):\n    torch.set_grad_enabled(True)\n    return 10 ** 400\n")

@@ -9,12 +9,14 @@ from toys import make_hf
 ROWS = [([1, 5, 6, 7, 8, 9, 10, 11], 3), ([2, 3, 4], 2), ([12, 13, 14, 15, 16, 17], 1), ([20, 21, 22, 23], 2)]
 
 
-def train(folder, lora_rank, splits, n_steps, tp=-1, dtype="float32", recompute="none", precision="master", zero=0, sequence_parallel=False):
+def train(folder, lora_rank, splits, n_steps, tp=-1, dtype="float32", recompute="none", precision="master", zero=0, sequence_parallel=False, buffer_bytes=None):
     """n_steps of AdamW on ROWS; returns merged gradients of the first step, weights after the last, losses, norms."""
     from llama_rlhf.checkpoint.shards import load_model
-    from llama_rlhf.parallel import groups
+    from llama_rlhf.parallel import gradients, groups
     from llama_rlhf.parallel.layers import Lora, piece_of, walk
     from llama_rlhf.trainer import Trainer, response_logprobs
+    if buffer_bytes:
+        gradients.BUCKET_BYTES = gradients._FLUSH_BYTES = buffer_bytes
     groups.initialize(tp, device="cpu")
     model = load_model(folder, lora=Lora(lora_rank, 8.0) if lora_rank > 0 else None, dtype=getattr(torch, dtype), seed=3)
     model.recompute(recompute)
@@ -300,10 +302,31 @@ def test_compensated_weights_are_those_of_master_copies(n, tp, tmp_path):
 
 @pytest.mark.parametrize("lora_rank,dtype,precision,n,tp", [(-1, "float32", "master", 4, 2), (3, "bfloat16", "master", 2, 1), (-1, "bfloat16", "kahan", 2, 1)])
 def test_shared_optimizer_state_gives_the_same_bits(lora_rank, dtype, precision, n, tp, tmp_path):
+    """And buffers that hold a parameter or two travel to the same sums as one that holds all."""
     make_hf(tmp_path, "llama-9-3")
-    whole, shared = (run_ranks(n, train, str(tmp_path), lora_rank, [[0, 1, 2, 3]], 3, tp, dtype, "none", precision, zero) for zero in (0, 1))
+    whole, shared = (run_ranks(n, train, str(tmp_path), lora_rank, [[0, 1, 2, 3]], 3, tp, dtype, "none", precision, zero, False, buffer_bytes)
+                     for zero, buffer_bytes in ((0, None), (1, 5000)))
     for a, b in zip(whole, shared):
         assert a[1] == b[1] and a[2] == b[2], "weights or losses differ"
+
+
+def test_shares_of_the_optimizer_are_even_and_the_same_for_all_ranks_of_a_replica():
+    """9 heads on 4 ranks: the ranks hold unequal parts. The largest first, each to the replica that has least: without its last it had no more than any other ends with."""
+    from dataclasses import replace
+
+    from llama_rlhf.models import preset
+    from llama_rlhf.models.transformer import CausalLM
+    from llama_rlhf.parallel import groups
+    from llama_rlhf.trainer import _shares
+    config, found = replace(preset("smollm2-135m"), n_layers=5, vocab_size=1000), []
+    for rank in range(4):
+        with groups.pretend(4, rank, 3):
+            model = CausalLM(config, dtype=torch.float32)
+            found.append(_shares(model, [name for name, _ in model.named_parameters()]))
+    assert found[1:] == found[:1] * 3
+    with groups.pretend(1):
+        owned = [[p.numel() for p, owner in zip(CausalLM(config, dtype=torch.float32).parameters(), found[0]) if owner == replica] for replica in range(3)]
+    assert all(sum(mine) - min(mine) <= min(map(sum, owned)) for mine in owned) and sum(map(sum, owned)) == config.n_parameters
 
 
 def sharded_sizes(folder, zero):
