@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
-from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -86,8 +85,8 @@ def _sizes_only():
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         for module in (losses, transformer):
-            blocks = module._row_blocks
-            stack.enter_context(patch.object(module, "_row_blocks", lambda *args, blocks=blocks: blocks(*args)[:2]))
+            stack.callback(setattr, module, "_row_blocks", blocks := module._row_blocks)
+            setattr(module, "_row_blocks", lambda *args, blocks=blocks: blocks(*args)[:2])
         yield
 
 
