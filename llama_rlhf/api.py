@@ -80,9 +80,7 @@ def generate(model: LanguageModel, prompts, **options):
       statistics, on_step, request_ids: see generation.generate
     Returns a Response where one prompt is given and n_samples is 1, else a list in place of each of the two.
     """
-    if isinstance(prompts, dict):
-        raise ValueError("a conversation is a list of messages: [{\"role\": \"user\", \"content\": ...}], also where there is one")
-    single = isinstance(prompts, str) or len(prompts) > 0 and isinstance(_plain(prompts[0]), (int, dict))
+    single = _is_one(prompts)
     answers: list = respond(model, [prompts] if single else prompts, **options)
     if options.get("n_samples", 1) == 1:
         answers = [samples[0] for samples in answers]
@@ -100,7 +98,7 @@ def stream(model: LanguageModel, prompt, **options) -> Iterator[str]:
     """Collective. The text of the response to one prompt, in pieces as they come. options: as of `generate`, but for n_samples and on_step."""
     if options.get("n_samples", 1) != 1:
         raise ValueError(f"n_samples={options['n_samples']}: a stream is the text of one response; `generate` gives several")
-    if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], (str, list, tuple)):
+    if not _is_one(prompt) and len(prompt) > 0:
         raise ValueError("a stream is the response to one prompt; `generate` takes several")
     (row,), options, ends = _prepare(model, [prompt], **options)
     shown, tokens = "", []
@@ -113,6 +111,13 @@ def stream(model: LanguageModel, prompt, **options) -> Iterator[str]:
         if len(text) > len(shown):
             yield text[len(shown):]
             shown = text
+
+
+def _is_one(prompts) -> bool:
+    """Whether this is a prompt, not a list of them."""
+    if isinstance(prompts, dict):
+        raise ValueError("a conversation is a list of messages: [{\"role\": \"user\", \"content\": ...}], also where there is one")
+    return isinstance(prompts, str) or len(prompts) > 0 and isinstance(_plain(prompts[0]), (int, dict))
 
 
 def _prepare(model: LanguageModel, prompts: Sequence, *, stop: Sequence[str] | str | None = (), temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,

@@ -105,16 +105,16 @@ def steps(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, ...]
     cuda_graphs: whether decode steps are recorded and replayed, see decode_graphs.records_steps.
     The weights must not change before the last step, or until the iterator is closed.
     """
-    for name, value in (("max_batch_size", max_batch_size), ("n_samples", n_samples), ("max_seq_len", max_seq_len if max_seq_len is not None else 1),
-                        ("max_new_tokens", max_new_tokens)):
-        if value < (least := int(name != "max_new_tokens")):
+    for name, value, least in (("max_batch_size", max_batch_size, 1), ("n_samples", n_samples, 1), ("max_seq_len", 1 if max_seq_len is None else max_seq_len, 1),
+                               ("max_new_tokens", max_new_tokens, 0)):
+        if value < least:
             raise ValueError(f"{name} {value} must be at least {least}")
     max_seq_len = min(max_seq_len or model.config.max_seq_len, model.config.max_seq_len)
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) < max_seq_len:
             raise ValueError(f"prompt {i + 1} has {len(prompt)} tokens; 1 to {max_seq_len - 1} fit max_seq_len={max_seq_len} "
                              "with room for a token. Shorten or drop it, or raise --max_seq_len.")
-    if not prompts or max_new_tokens < 1:
+    if not prompts or not max_new_tokens:
         yield [], [Completion(i, s, [], False) for i in range(len(prompts)) for s in range(n_samples)]
         return
     records = records_steps(cuda_graphs, model.config)

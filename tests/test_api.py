@@ -120,6 +120,8 @@ def test_a_message_alone_is_refused_and_no_stop_string_is_none(model):
         generate(model, [{"role": "user", "text": "x"}], use_chat_template=False)
     with pytest.raises(ValueError, match="a conversation is a list of messages"):
         generate(model, {"role": "user", "content": "What?"})
+    with pytest.raises(ValueError, match="a conversation is a list of messages"):
+        next(stream(model, {"role": "user", "content": "What?"}))
     assert generate(model, "What?", max_new_tokens=4, stop=None).tokens == generate(model, "What?", max_new_tokens=4).tokens
 
 

@@ -338,8 +338,9 @@ def test_code_of_the_users_that_fails_is_named_with_its_line(tmp_path):
     from llama_rlhf.rollout import Prompt, Reward, load_reward_function
     file = tmp_path / "rewards.py"
     file.write_text("def number(text):\n    return int(text)\n\n\ndef of(prompt, response, label):\n    return number(response)\n\n\n"
-                    "def leaves(prompt, response, label):\n    raise SystemExit(0)\n")
-    for name, line, why in (("of", 2, "ValueError: invalid literal for int() with base 10: 'abc'"), ("leaves", 10, "SystemExit: 0")):
+                    "def leaves(prompt, response, label):\n    raise SystemExit(0)\n\n\ndef runs(prompt, response, label):\n    return eval('1 +')\n")
+    for name, line, why in (("of", 2, "ValueError: invalid literal for int() with base 10: 'abc'"), ("leaves", 10, "SystemExit: 0"),
+                            ("runs", 14, "SyntaxError: invalid syntax (<string>, line 1)")):
         with pytest.raises(ValueError) as error:
             Reward(function=load_reward_function(f"{file}:{name}")).judge_text(Prompt(7, "p", [1]), "abc", True)
         assert str(error.value) == f"the reward function failed for prompt 7: {file}, line {line}: {why}"

@@ -15,6 +15,7 @@ colon, as in `reasoning_gym:chain_sum`, has `task(rest)` instead, which returns 
 import contextlib
 import difflib
 import importlib
+import importlib.abc
 import importlib.util
 import os
 import pkgutil
@@ -84,14 +85,15 @@ def import_file(path):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
     spec = importlib.util.spec_from_file_location(os.path.splitext(os.path.basename(path))[0], path)
-    if spec is None or spec.loader is None:
+    if spec is None or not isinstance(spec.loader, importlib.abc.InspectLoader):
         raise ValueError(f"{path}: not a Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     try:
-        with running(f"{path} cannot be imported"):
-            spec.loader.exec_module(module)
+        spec.loader.get_code(module.__name__)
     except SyntaxError as error:
         raise ValueError(f"{error.filename}, line {error.lineno}: {error.msg}. Python cannot read this file.") from error
+    with running(f"{path} cannot be imported"):
+        spec.loader.exec_module(module)
     return module
 
 
@@ -100,8 +102,6 @@ def running(what):
     """Inside, code of the user's runs. A ValueError says what failed, why, and on which line of the user's file; also where that code wanted to end the program."""
     try:
         yield
-    except SyntaxError:
-        raise
     except (Exception, SystemExit) as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__)[2:] if not f.filename.startswith("<frozen")]    # not ours: this, and who called it
         place = [f"{f.filename}, line {f.lineno}" for f in frames if f.filename == frames[0].filename][-1:]
