@@ -69,7 +69,7 @@ def choose(hidden: torch.Tensor, weight: torch.Tensor, vocab_ranges, sampling: S
         if local:
             logits[:, local] = logits[:, local].masked_fill(rows[:, None], float("-inf"))
     if sampling.temperature == 0:
-        best, token = logits.max(-1)
+        best, token = _largest(logits)
         if groups.tp_size() > 1:
             pairs = all_gather(torch.stack([best.double(), (token + start).double()]))      # [tp, 2, B]; ids are exact in float64
             rank = pairs[:, 0].argmax(0)                            # first rank wins ties: the smallest id; what is not a number wins over all
@@ -98,6 +98,17 @@ def choose(hidden: torch.Tensor, weight: torch.Tensor, vocab_ranges, sampling: S
     chosen = z.gather(1, local.clamp(0, stop - start - 1)[:, None])[:, 0].where(mine, 0.0)
     total, chosen = all_reduce_(torch.stack([p.sum(-1), chosen]))
     return token, chosen - total.log()
+
+
+def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits.max(-1), the first place where several are as large. Of a CPU torch's search for the value is three times as fast as that for its place,
+    so only the part that holds the value is searched for the place."""
+    n, parts = logits.shape[1], 32
+    if logits.is_cuda or n % parts or not n:
+        return logits.max(-1)
+    split = logits.unflatten(1, (parts, -1))
+    best, part = split.amax(-1).max(-1)
+    return best, part * (n // parts) + split[torch.arange(len(split)), part].max(-1).indices
 
 
 def _invert(p: torch.Tensor, u: torch.Tensor, start: int) -> torch.Tensor:

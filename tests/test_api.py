@@ -377,6 +377,15 @@ def test_both_ranks_say_that_one_has_no_number(value):
         assert a == b and a[0][1] == -1 and a[0][0] >= 0 and a[0][2] >= 0
 
 
+@pytest.mark.parametrize("size", [64, 50])        # the first is searched by parts
+def test_greedy_takes_the_first_of_the_largest(world_of_one, size):
+    from llama_rlhf.sampling import Sampling, choose
+    logits = torch.randint(0, 3, (200, size), generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits[0, 40] = torch.nan
+    token, logprobs = choose(logits, torch.eye(size).bfloat16(), [(0, size)], Sampling(), (torch.zeros(200, dtype=torch.long),) * 3)
+    assert logprobs is None and token.tolist() == [-1, *(row.index(max(row)) for row in logits[1:].tolist())]
+
+
 def _choices(options, banned):
     """Next tokens of 300 rows at any number of ranks; in the first hundred the middle ids are all but impossible: a rank may have none to choose."""
     from llama_rlhf.parallel.partition import even_ranges

@@ -231,8 +231,8 @@ def test_gradients_of_norm_and_rotary_are_those_in_fp64(monkeypatch, dtype, tole
     norm = transformer.RMSNorm(16, 1e-5, dtype)
     norm.weight = torch.nn.Parameter(weight)
     for name, ours, exact in (("norm", norm, lambda x, w: F.rms_norm(x, (16,), w, 1e-5)),
-                              ("rotary", lambda x: transformer.apply_rotary(x, turn),
-                               lambda x, w: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2))):
+                              ("rotary", lambda x: transformer.apply_rotary(x, turn[:len(x)]),
+                               lambda x, w: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn[:len(x)]).flatten(-2))):
         mine, wide, w = x.clone().requires_grad_(), x.double().requires_grad_(), weight.double().requires_grad_()
         y, wanted = ours(mine), exact(wide, w)
         y.backward(grad)
@@ -240,6 +240,11 @@ def test_gradients_of_norm_and_rotary_are_those_in_fp64(monkeypatch, dtype, tole
         pairs = [(y, wanted), (mine.grad, wide.grad)] + ([(norm.weight.grad, w.grad)] if name == "norm" else [])
         for got, expected in pairs:
             assert got.dtype == dtype and ((got - expected).square().mean().sqrt() / expected.abs().mean()) < tolerance, (name, dtype)
+        with torch.no_grad():       # scoring passes, by blocks; decoding, all at once
+            assert torch.equal(ours(x), y), (name, dtype)
+            assert torch.equal(ours(x[:7]), y[:7]), (name, dtype)
+            small = x * 2e-3        # where eps counts
+            assert ((ours(small[:7]) - exact(small[:7].double(), w)).square().mean().sqrt() / exact(small[:7].double(), w).abs().mean()) < tolerance, (name, dtype)
 
 
 def test_rotary_turns_bf16_states_by_fp32_angles():

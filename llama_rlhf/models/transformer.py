@@ -53,8 +53,15 @@ def _row_blocks(x: torch.Tensor, cells: int) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, len(x), rows)]
 
 
+def _normalised(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """x / rms(x) * weight, x [..., d], and 1 / rms(x): both in fp32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = torch.rsub(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_(), eps, alpha=-1 / x.shape[-1]).rsqrt_()      # eps + mean of squares
+    return (wide * scale if wide is x else wide.mul_(scale)).mul_(weight), scale
+
+
 class _RMSNorm(torch.autograd.Function):
-    """x / rms(x) * weight, x [..., d]: torch's composite form walks over fp32 copies of x a dozen times. Forward goes by blocks of rows that fit a CPU's cache.
+    """`_normalised`, by blocks of rows that fit a CPU's cache: torch's composite form walks over fp32 copies of x a dozen times.
 
     With n = x / rms(x): dx = (g w - n mean(g w n)) / rms(x), dw = sum of g n over rows. LayerNorm's kernel, told that the mean is 0, gives that
     less mean(g w) / rms(x). Its own dw is summed in the dtype of x: not good enough in bf16.
@@ -62,10 +69,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        y, scale = torch.empty_like(x), torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.promote_types(x.dtype, torch.float32))
         for at in _row_blocks(x, _NORM_CELLS):
-            y[at] = (x[at] * scale[at]).mul_(weight)
+            y[at], scale[at] = _normalised(x[at], weight, eps)
         ctx.save_for_backward(x, weight, scale)
         return y
 
@@ -95,6 +101,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not x.is_cuda and (torch.is_grad_enabled() or x.numel() > _NORM_CELLS):
             return _RMSNorm.apply(x, self.weight, self.eps)
+        if not x.is_cuda:
+            return _normalised(x, self.weight, self.eps)[0].to(x.dtype)
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
@@ -142,42 +150,43 @@ def rotary_table(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Te
 
 def apply_rotary(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     """Turn the pairs (0,1), (2,3), ... of each head, in fp32. x: [T, H, D]; turn: see rotary_table."""
-    return _Rotary.apply(x, turn) if torch.is_grad_enabled() else _turned(x, turn)
+    return _Rotary.apply(x, turn) if torch.is_grad_enabled() else _turned_by_blocks(x, turn)
 
 
 def _turned(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * turn).flatten(-2)
+
+
+def _turned_by_blocks(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """`_turned` in the dtype of x. On a CPU by blocks of rows whose fp32 copies fit its cache."""
+    if x.is_cuda or x.numel() <= _ROTARY_CELLS:
+        return _turned(x, turn).to(x.dtype)
+    y = torch.empty_like(x)
+    for at in _row_blocks(x, _ROTARY_CELLS):
+        y[at] = _turned(x[at], turn[at])
+    return y
 
 
 def _turned_by_reals(x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-    """`_turned`, as torch.compile makes one kernel of it: it does not take complex numbers. turn: [T, 1, head_dim/2, 2]"""
+    """The same, as torch.compile makes one kernel of it: it does not take complex numbers. turn: [T, 1, head_dim/2, 2]"""
     pairs, (cos, sin) = x.float().unflatten(-1, (-1, 2)), turn[..., None, :].unbind(-1)
     sign = torch.arange(-1, 2, 2, device=x.device)
     return (pairs * cos + pairs.flip(-1) * (sin * sign)).flatten(-2).to(x.dtype)
 
 
 class _Rotary(torch.autograd.Function):
-    """`_turned`, whose backward turns back. On a CPU by blocks of rows whose fp32 copies fit its cache."""
+    """`apply_rotary`, whose backward turns back."""
 
     @staticmethod
     def forward(ctx, x, turn):
         ctx.save_for_backward(turn)
-        return _Rotary.by_blocks(x, turn)
+        return _turned_by_blocks(x, turn)
 
     @staticmethod
     def backward(ctx, grad):
         turn, = ctx.saved_tensors
-        return _Rotary.by_blocks(grad, turn.conj()), None
-
-    @staticmethod
-    def by_blocks(x, turn):
-        if x.is_cuda:
-            return _turned(x, turn)
-        y = torch.empty_like(x)
-        for at in _row_blocks(x, _ROTARY_CELLS):
-            y[at] = _turned(x[at], turn[at])
-        return y
+        return _turned_by_blocks(grad, turn.conj()), None
 
 
 def ntk_stretch(length: int, trained: int) -> float:
