@@ -67,12 +67,13 @@ def test_rows_do_not_see_each_other(world_of_one, tmp_path):
     assert not torch.equal(a[:3], b[:3])
 
 
-def test_a_cache_keeps_what_its_slots_hold_while_its_room_changes(world_of_one):
+@pytest.mark.parametrize("dtype, d", [(torch.float32, 4), (torch.bfloat16, 6)])       # 16 bytes a position, and 12
+def test_a_cache_keeps_what_its_slots_hold_while_its_room_changes(world_of_one, dtype, d):
     """On a CPU keys stand at the front of their memory with as many positions as the longest row needs: other room, other places, the same memory."""
     from llama_rlhf.models.attention import Rows
     from llama_rlhf.models.kv_cache import KVCache
     torch.manual_seed(0)
-    cache, held = KVCache(2, 3, 2, 300, 4, dtype=torch.float32, device="cpu"), {}
+    cache, held = KVCache(2, 3, 2, 300, d, dtype=dtype, device="cpu"), {}
 
     def holds(room, most=300):
         assert cache.k[0].shape[2] == room
@@ -85,8 +86,8 @@ def test_a_cache_keeps_what_its_slots_hold_while_its_room_changes(world_of_one):
         rows = Rows.packed([n])
         cache.begin_prefill([slot], rows)
         for layer in range(2):
-            held[slot, layer] = torch.randn(n, 2, 4), torch.randn(n, 2, 4)
-            cache.prefill(layer, torch.randn(n, 2, 4), *held[slot, layer], rows, None, None)
+            q, *held[slot, layer] = (torch.randn(n, 2, d, dtype=dtype) for _ in range(3))
+            cache.prefill(layer, q, *held[slot, layer], rows, None, None)
         holds(room)
         if not slot:
             cache.keep_prefix(3)

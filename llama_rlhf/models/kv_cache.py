@@ -12,6 +12,12 @@ from llama_rlhf.models.attention import Rows, attention_behind, packed_attention
 _GROWTH = 64        # positions
 
 
+def _words(x: torch.Tensor) -> torch.Tensor:
+    """x [.., d] -> [N, words]: the same memory, in words of 16 bytes where they divide it, because index_copy_ on a CPU moves a number at a time."""
+    x = x.reshape(-1, x.shape[-1])
+    return x.view(torch.complex128) if x.device.type == "cpu" and x.shape[-1] * x.itemsize % 16 == 0 else x
+
+
 class KVCache:
     """Keys and values of up to n_slots rows of up to max_len tokens each.
 
@@ -79,8 +85,7 @@ class KVCache:
 
     def prefill(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Rows, window: int | None, bias: torch.Tensor | None) -> torch.Tensor:
         """Store k, v ([T, Hkv, D]) of the rows given to begin_prefill, and attend inside each of them. q: [T, H, D] -> [T, H, D]."""
-        for cache, x in ((self.k[layer], k), (self.v[layer], v)):
-            cache.view(-1, x.shape[2]).index_copy_(0, self._places, x.reshape(-1, x.shape[2]))
+        self._store(layer, k, v)
         if not rows.behind:
             return packed_attention(q, k, v, rows, None, window, bias)
         old = self._prefix[layer]
@@ -97,6 +102,10 @@ class KVCache:
         self._span = self.k[0].shape[2] if self._on_cpu else min(self.max_len, (longest + 32) // 32 * 32)
         self._places = self._place(torch.arange(len(lengths), device=lengths.device), lengths)
         self._masks: dict[int | None, torch.Tensor] = {}
+
+    def _store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        for cache, x in ((self.k[layer], k), (self.v[layer], v)):
+            _words(cache).index_copy_(0, self._places, _words(x))
 
     def _place(self, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """slots, positions: [T] -> [T Hkv]: where the heads of these tokens' keys, and values, stand among those of all slots, heads and positions."""
@@ -130,8 +139,7 @@ class KVCache:
         window: of this layer.  slopes: [H] ALiBi slopes of the query heads.
         """
         cache_k, cache_v, (_, n_kv_heads, d) = self.k[layer], self.v[layer], k.shape
-        cache_k.view(-1, d).index_copy_(0, self._places, k.reshape(-1, d))
-        cache_v.view(-1, d).index_copy_(0, self._places, v.reshape(-1, d))
+        self._store(layer, k, v)
         # the queries of one kv head form its "sequence": grouped attention without repeating keys
         grouped, mask = q.unflatten(1, (n_kv_heads, -1)), self._mask(window, slopes, n_kv_heads)     # [B, Hkv, H/Hkv, D]
         cache_k, cache_v = cache_k[:self._batch, :, :self._span], cache_v[:self._batch, :, :self._span]
