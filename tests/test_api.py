@@ -386,10 +386,12 @@ def test_greedy_takes_the_first_of_the_largest(world_of_one, size):
     assert logprobs is None and token.tolist() == [-1, *(row.index(max(row)) for row in logits[1:].tolist())]
 
 
-def _choices(options, banned):
+def _choices(options, banned, candidates):
     """Next tokens of 300 rows at any number of ranks; in the first hundred the middle ids are all but impossible: a rank may have none to choose."""
     from llama_rlhf.parallel.partition import even_ranges
+    from llama_rlhf import sampling
     from llama_rlhf.sampling import Sampling, choose
+    sampling._CANDIDATES = candidates
     groups.initialize(device="cpu")
     ranges = even_ranges(11, groups.tp_size())
     start, stop = ranges[groups.tp_rank()]
@@ -406,13 +408,13 @@ def _rows_of_logits():
     return logits, (torch.arange(300), torch.arange(300) % 4, torch.arange(300) * 7)
 
 
-@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("n,candidates", [(1, 2), (1, 9), (3, 2), (3, 256)])        # too few for some rows, enough, all
 @pytest.mark.parametrize("options,banned", [({}, []), ({"top_k": 3}, []), ({"top_p": 0.7}, []), ({"top_k": 4, "top_p": 0.8}, []), ({"min_p": 0.2}, [2, 9]),
                                             ({"top_k": 5, "top_p": 0.9, "min_p": 0.1, "seed": 3}, [])])
-def test_a_token_is_the_inverse_of_the_filtered_distribution_at_its_number(n, options, banned):
+def test_a_token_is_the_inverse_of_the_filtered_distribution_at_its_number(n, candidates, options, banned):
     """Against sorting and adding up probabilities in fp64, over the whole vocabulary: top-k, of what is left top-p, of that min-p."""
     from llama_rlhf.sampling import keyed_uniform
-    results = run_ranks(n, _choices, {"temperature": 0.7, **options}, banned)
+    results = run_ranks(n, _choices, {"temperature": 0.7, **options}, banned, candidates)
     assert all(result == results[0] for result in results)
     logits, keys = _rows_of_logits()
     logits[::2, banned] = -torch.inf
