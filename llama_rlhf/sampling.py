@@ -2,7 +2,7 @@
 
 Greedy: the arg-max of the ranks' arg-maxes. Sampling: one uniform number per row, keyed by (seed, request, sample, position),
 inverts the cumulative distribution; so a sample depends neither on its batch nor on its slot, and no noise of vocabulary size
-is drawn. Only sums per rank travel; logits are gathered for top-k and top-p alone.
+is drawn. Only sums per rank travel, and the few largest logits of each for top-k and top-p.
 """
 
 from __future__ import annotations
