@@ -99,11 +99,11 @@ class RMSNorm(nn.Module):
         self.partial: tuple[str, ...] = ("weight",) if partial else ()    # used on this rank's heads only: its gradient is a part
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not x.is_cuda and (torch.is_grad_enabled() or x.numel() > _NORM_CELLS):
+        if x.is_cuda:
+            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        if torch.is_grad_enabled() or x.numel() > _NORM_CELLS:
             return _RMSNorm.apply(x, self.weight, self.eps)
-        if not x.is_cuda:
-            return _normalised(x, self.weight, self.eps)[0].to(x.dtype)
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return _normalised(x, self.weight, self.eps)[0].to(x.dtype)
 
 
 class LayerNorm(nn.Module):
