@@ -2,10 +2,11 @@
 
     python benchmarks/kernels.py [--threads 2]
 
-Five tables, microseconds (best of several), of forms that are first seen to give the same: one step's linear layers of SmolLM2-135M by F.linear and by `layers.held` weights;
+Six tables, microseconds (best of several), of forms that are first seen to give the same: one step's linear layers of SmolLM2-135M by F.linear and by `layers.held` weights;
 a linear layer of 2048 rows by torch's product and by oneDNN's, in fp32: forward, where we keep torch's, and the gradient of its input;
 decode attention by the fused kernel and by batched products on a cache without gaps; causal attention forward + backward by
-the fused kernel (a row at a time, in bf16 and in fp32) and as the model computes it; RMSNorm forward + backward by torch and as the model computes it.
+the fused kernel (a row at a time, in bf16 and in fp32) and as the model computes it; RMSNorm forward + backward by torch and as the model computes it;
+the token that ends the nucleus (top-p) of each row of logits, by sorting them all and as `sampling` finds it.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from llama_rlhf.models.attention import Rows, packed_attention
 from llama_rlhf.models.transformer import _RMSNorm
 from llama_rlhf.parallel import groups
 from llama_rlhf.parallel.layers import held, product, product_back
+from llama_rlhf.sampling import Sampling, _threshold
 
 DIM, FFN, HEADS, KV_HEADS, D, LAYERS, VOCAB = 576, 1536, 9, 3, 64, 30, 49152
 
@@ -101,6 +103,21 @@ def training_attention(dtype, lengths):
     return [best(lambda form=form: form().backward(grad)) for form in forms]
 
 
+def nucleus(batch, top_p):
+    z = torch.randn(batch, VOCAB) * 6
+    z -= z.amax(-1, keepdim=True)
+    p, ranges = z.exp(), [(0, VOCAB)]
+
+    def by_sorting():
+        ordered = z.sort(-1, descending=True).values
+        mass = ordered.softmax(-1)
+        return ordered.gather(1, (mass.cumsum(-1) - mass < top_p).sum(-1, keepdim=True) - 1)[:, 0]
+
+    ours = lambda: _threshold(z, p, ranges, Sampling(1.0, top_p=top_p))  # noqa: E731
+    same(by_sorting(), ours())
+    return best(by_sorting), best(ours)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=2)
@@ -131,6 +148,10 @@ def main():
         usual = best(lambda: F.rms_norm(x, (DIM,), weight, 1e-5).backward(grad))
         ours = best(lambda: _RMSNorm.apply(x, weight, 1e-5).backward(grad))
         print(f"{name} RMSNorm forward and backward, 2848 rows: torch {usual:6.0f}, ours {ours:6.0f}: {usual / ours:.2f}", flush=True)
+    with torch.inference_mode():
+        for batch in (1, 16, 64):
+            usual, ours = nucleus(batch, 0.9)
+            print(f"nucleus of {batch:2d} rows of {VOCAB} logits: by sorting {usual:7.0f}, ours {ours:6.0f}: {usual / ours:.2f}", flush=True)
     groups.shutdown()
 
 

@@ -136,16 +136,15 @@ def _threshold(z: torch.Tensor, p: torch.Tensor, vocab_ranges, sampling: Samplin
         threshold = _ordered(z, sampling.top_k, vocab_ranges)[:, sampling.top_k - 1]
     if sampling.top_p < 1:
         kept = p.masked_fill(z < threshold[:, None], 0)
-        wanted = sampling.top_p * all_reduce_(kept.sum(-1, dtype=torch.float64))[:, None]
-        n = _CANDIDATES
-        while True:         # as many as must be sorted; nearly always the few first ones
-            ordered = _ordered(z, n, vocab_ranges)
+        wanted = sampling.top_p * all_reduce_(kept.sum(-1, dtype=torch.float64))
+        rows, n, least = torch.arange(len(z), device=z.device), _CANDIDATES, torch.empty_like(threshold)
+        while len(rows):        # those of which more must be sorted: few
+            ordered = _ordered(z if len(rows) == len(z) else z[rows], n, vocab_ranges)
             mass = ordered.exp().double()
-            number = (mass.cumsum(-1) - mass < wanted).sum(-1).clamp(min=1)
-            if ordered.shape[1] >= vocab or bool((number < ordered.shape[1]).all()):
-                break
-            n = vocab
-        threshold = torch.maximum(threshold, ordered.gather(1, number[:, None] - 1)[:, 0])
+            number = (mass.cumsum(-1) - mass < wanted[rows, None]).sum(-1).clamp(min=1)
+            least[rows] = ordered.gather(1, number[:, None] - 1)[:, 0]
+            rows, n = rows[(number == ordered.shape[1]) & (n < vocab)], 16 * n
+        threshold = torch.maximum(threshold, least)
     if sampling.min_p:
         threshold = threshold.clamp(min=torch.tensor(sampling.min_p).log().item())
     return threshold
