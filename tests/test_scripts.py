@@ -157,7 +157,7 @@ def test_errors_are_one_sentence_on_every_rank(toy, split, tmp_path):
     assert "--limit 0" in first_line(evaluate(limit=0))
     assert "path of the folder to write in is empty" in first_line(train(save_dir=""))
     assert "gives 2 equal answers to a problem" in first_line(evaluate(num_samples_per_prompt=2, temperature=0))
-    for flags, said in ((dict(top_p=3), "top_p 3.0 in (0, 1]"), (dict(temperature=-3), "temperature -3.0")):      # before the model is loaded
+    for flags, said in ((dict(top_p=3), "top_p 3.0 in (0, 1]"), (dict(temperature=-3), "temperature -3.0"), (dict(temperature=1e-40), "temperature 1e-40: logits")):      # before the model is loaded
         assert said in first_line(evaluate(**flags))
     line = first_line(evaluate(max_seq_len=5))
     assert "record 1" in line and "max_seq_len is 5" in line
