@@ -79,6 +79,25 @@ def test_training_and_generation(toy, lora):
     assert again == [tokens] * 2 and all_ways == [tokens] * 5, "plain and recorded steps, 2 and 30 rows at once, the first token shared"
 
 
+def choices(device):
+    """Tokens and their log-probabilities, of flat and of steep rows, in all ways to choose."""
+    from llama_rlhf.parallel import groups
+    from llama_rlhf.sampling import Sampling, choose
+    groups.initialize(device=device)
+    device, n = groups.device(), 64
+    logits = torch.randn(n, 1000, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 9, n)[:, None]
+    keys = (torch.arange(n, device=device),) * 3
+    found = [choose(logits.to(device), torch.eye(1000, device=device), [(0, 1000)], Sampling(**options), keys, with_logprobs=True)
+             for options in ({}, {"temperature": 0.7}, *({"temperature": 1.0, **some} for some in ({"top_k": 7}, {"top_p": 0.9}, {"top_k": 300, "top_p": 0.8, "min_p": 0.01})))]
+    groups.shutdown()
+    return [(tokens.tolist(), logprobs.tolist()) for tokens, logprobs in found]
+
+
+def test_the_same_tokens_are_chosen():
+    for (tokens, logprobs), (wanted, wanted_logprobs) in zip(run_ranks(1, choices, "cuda", gpus=True)[0], run_ranks(1, choices, "cpu")[0]):
+        assert tokens == wanted and logprobs == pytest.approx(wanted_logprobs, abs=1e-4)
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_the_scripts_run_on_gpus(toy, tmp_path, n):
     """Fine-tuning, its verifier, PPO with four roles, bf16, then an evaluation of the result."""
