@@ -226,7 +226,7 @@ def main(
     invariants.start({"model": model}, {"model": trainer}, tokenizer, examples, step=step, max_seq_len=max_seq_len, chat=use_chat_template, doctor=doctor)
     ended = step == total_steps or os.path.basename(start).startswith("epoch-")
     if problems and (not step or ended and run_log.find("evaluation", step) is None):     # killed in it
-        evaluate_policy(earlier.get("epoch", 0))
+        evaluate_policy(earlier.get("epoch", 0) + os.path.basename(start).startswith("step-"))      # --max_steps ended it within an epoch
         if step < total_steps and interrupt.asked():
             interrupt.leave(run_log, saved=bool(start))
     for epoch in range(epochs):

@@ -251,7 +251,7 @@ def main(
     invariants.start({"model": model}, {"model": trainer}, tokenizer, examples, step=step, max_seq_len=max_seq_len, chat=use_chat_template, doctor=doctor)
     ended = step == total_steps or os.path.basename(start).startswith("epoch-")
     if held and ended and run_log.find("scored", step) is None:      # killed in it
-        evaluate_held(earlier["epoch"])
+        evaluate_held(earlier["epoch"] + os.path.basename(start).startswith("step-"))      # --max_steps ended it within an epoch
         if step < total_steps and interrupt.asked():
             interrupt.leave(run_log)
     for epoch in range(epochs):

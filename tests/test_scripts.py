@@ -346,12 +346,15 @@ def test_an_evaluation_does_not_take_the_place_of_another(toy, split, tmp_path):
     assert code == 1 and "leave --label_file out" in err
 
 
+@pytest.mark.parametrize("max_steps,saves", [(-1, ("epoch-1", "epoch-2")), (2, ("step-2", "step-2"))])
 @pytest.mark.parametrize("script", ["solver_train.py", "verifier_train.py"])
-def test_a_run_killed_in_the_evaluation_after_an_epoch_has_lost_nothing_and_evaluates(script, toy, tmp_path):
-    """kill -9, where the evaluation of the first epoch begins: the epoch is saved, and the next start makes up for the evaluation, once."""
+def test_a_run_killed_in_the_evaluation_after_an_epoch_has_lost_nothing_and_evaluates(script, max_steps, saves, toy, tmp_path):
+    """kill -9, where the evaluation of the first epoch, or of --max_steps within it, begins: that is saved, and the next start makes up for the evaluation, once.
+    Of --max_steps it was recorded under the epoch before."""
     function = "llama_rlhf.evaluation.evaluate" if script == "solver_train.py" else "llama_rlhf.reward.evaluate_verifier"
     flags = dict(ckpt_dir=toy / "hf", train_file=toy / "train.json", label_file=toy / ("test.json" if script == "solver_train.py" else "train.json"), max_seq_len=96,
-                 max_batch_size=8, epochs=2, save_dir=tmp_path / "run", device="cpu", dtype="fp32", write_report="false") | ({"max_new_tokens": 4} if "solver" in script else {})
+                 max_batch_size=8, epochs=2, max_steps=max_steps, save_dir=tmp_path / "run", device="cpu", dtype="fp32", write_report="false") \
+        | ({"max_new_tokens": 4} if "solver" in script else {})
     module, _, name = function.rpartition(".")
     program = f"""import os, sys, runpy, {module} as module
 real, calls = module.{name}, []
@@ -362,12 +365,12 @@ module.{name} = dies
 sys.argv = ["{script}", *{[f"--{key}={value}" for key, value in flags.items()]!r}]
 runpy.run_path("{script}", run_name="__main__")"""
     cut = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert cut.returncode == -9 and (tmp_path / "run/epoch-1/manifest.json").exists(), cut.stderr
-    for continues in ("epoch-1", "epoch-2"):
+    assert cut.returncode == -9 and (tmp_path / f"run/{saves[0]}/manifest.json").exists(), cut.stderr
+    for continues in saves:
         (code, out, err), = run_script(1, script, **flags)
         assert code == 0 and f"continuing {tmp_path / 'run' / continues}" in out, err
-    steps = [line["step"] for line in lines_of(tmp_path / "run/log/metrics.jsonl") if line["kind"] == "evaluation"]
-    assert steps == ([0, 3, 6] if "solver" in script else [3, 6]), steps
+    seen = [(line["step"], line["epoch"]) for line in lines_of(tmp_path / "run/log/metrics.jsonl") if line["kind"] == "evaluation"]
+    assert seen == [(0, 0)] * ("solver" in script) + ([(3, 1), (6, 2)] if max_steps == -1 else [(2, 1)]), seen
 
 
 @pytest.mark.parametrize("script,call", [("solver_train.py", 1), ("solver_train.py", 2), ("verifier_train.py", 1), ("ppo_train.py", 1), ("ppo_train.py", 2)])
