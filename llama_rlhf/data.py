@@ -323,12 +323,15 @@ class JudgedReport:
     duplicates: int = 0
     truncated: int = 0
     unpaired: int = 0  # problems in which nothing is better than anything else
+    alike: int = 0  # pairs left out: nothing of their difference is left
     long_prompts: list[str] = field(default_factory=list)  # the ids of problems left out
 
     def __str__(self):
         judged = f"{self.pairs} pairs" if self.correct is None else f"{self.correct} of them right"
         text = f"{self.problems} problems, {self.responses} responses, {judged}, {self.tokens} tokens; "
         text += f"{self.truncated} truncated, {self.duplicates} duplicates and {self.unpaired} problems without a pair left out"
+        if self.alike:
+            text += f", {self.alike} pairs because their responses are the same tokens once cut"
         if not self.long_prompts:
             return text
         shown = ", ".join(self.long_prompts[:5]) + (", ..." if len(self.long_prompts) > 5 else "")
@@ -349,28 +352,31 @@ def verifier_examples(
     for problem in problems:
         with naming(problem.where):
             prompt_ids = encode_prompt(tokenizer, problem.prompt, **options)
-        pairs = problem.all_pairs() if loss == "pairwise" else []
         report.duplicates += problem.duplicates
         if len(prompt_ids) >= max_seq_len:
             report.long_prompts.append(problem.id)
-        elif loss == "pairwise" and not pairs:
+            continue
+        rows = [encode_response(tokenizer, prompt_ids, text, finished, max_seq_len) for text, finished in problem.responses]
+        every = problem.all_pairs() if loss == "pairwise" else []
+        pairs = [pair for pair in every if rows[pair[0]][0] != rows[pair[1]][0]]
+        report.alike += len(every) - len(pairs)
+        if loss == "pairwise" and not pairs:
             report.unpaired += 1
-        elif problem.responses:
-            kept.append((problem, prompt_ids, pairs))
+        elif rows:
+            kept.append((problem, len(prompt_ids), pairs, rows))
     report.problems, report.responses = len(kept), sum(len(problem.responses) for problem, *_ in kept)
     report.correct = None if loss == "pairwise" else sum(sum(problem.labels) for problem, *_ in kept)
     examples = []
-    for problem, prompt_ids, pairs in kept:
-        rows = [encode_response(tokenizer, prompt_ids, text, finished, max_seq_len) for text, finished in problem.responses]
+    for problem, prompt_len, pairs, rows in kept:
         report.truncated += sum(cut for _, cut in rows)
         rows = [tokens for tokens, _ in rows]
         report.pairs += len(pairs)
         report.tokens += sum(map(len, rows))
         if loss == "pairwise":
-            examples.append(Judged(rows, len(prompt_ids), problem.id, pairs))
+            examples.append(Judged(rows, prompt_len, problem.id, pairs))
         else:
             weight = report.responses / (report.problems * len(rows)) if equal_problems else 1.0
-            examples += [Judged([row], len(prompt_ids), problem.id, label=label, weight=weight)
+            examples += [Judged([row], prompt_len, problem.id, label=label, weight=weight)
                          for row, label in zip(rows, problem.labels)]  # fmt: skip
     return examples
 

@@ -180,6 +180,16 @@ def test_long_and_unpaired_problems_are_left_out_and_counted(tokenizer):
     assert show_judged(example, tokenizer).startswith("better: record 1 (8 tokens, 5 trained on):\n<bos>a\n⟦xxxxx⟧\nworse:")
 
 
+def test_pairs_that_are_the_same_tokens_once_cut_are_left_out_and_counted(tokenizer):
+    """Their scores are equal but for rounding: such a pair counted as half right, or as right or wrong by how rows were packed, and where a step had no other,
+    Adam made whole steps of its rounding."""
+    _, problems = judged({"instruction": "a", "responses": ["xxxxxy", "xxxxxz", "w"]}, {"instruction": "b", "responses": ["xxxxxy", "xxxxxz"]})
+    report = JudgedReport()
+    example, = verifier_examples(problems, tokenizer, loss="pairwise", max_seq_len=8, report=report)
+    assert example.pairs == [(0, 2, None), (1, 2, None)] and (report.pairs, report.alike, report.unpaired) == (2, 2, 1)
+    assert "1 problems without a pair left out, 2 pairs because their responses are the same tokens once cut" in str(report)
+
+
 def test_held_out_problems_are_a_seeded_share_and_never_all():
     problems = list(range(100))
     rest, held = split_problems(problems, 0.1, seed=3)
