@@ -256,7 +256,7 @@ def main(
             raise ValueError(f"--keep_last {keep_last}: use -1 to keep all saves, or at least 1")
         replayed = Rollout.load(replay) if replay else None
         buffer_size = len(replayed) if replayed else max_buffer_size
-        minibatch_size = min(buffer_size, max(max_batch_size, buffer_size // 4)) if minibatch_size == -1 else minibatch_size
+        minibatch_size = max(1, buffer_size // 4) if minibatch_size == -1 else minibatch_size
         if not 1 <= minibatch_size <= buffer_size:
             raise ValueError(f"--minibatch_size {minibatch_size} must be between 1 and " + (f"the {buffer_size} responses of {replay}" if replayed else f"--max_buffer_size {buffer_size}"))
         critic_ckpt_dir = store.find(critic_given) if critic_given else (reward_model_ckpt_dir or actor_ckpt_dir) if row.uses_critic else ""

@@ -112,6 +112,14 @@ def test_numbers_do_not_depend_on_the_layout(algorithm, toy, tmp_path):
             torch.testing.assert_close(other[key], value, atol=5e-5, rtol=0, msg=key)
 
 
+def test_a_step_is_a_quarter_of_the_buffer_whatever_a_micro_batch_is(toy, tmp_path):
+    """--max_batch_size, which memory decides, was the least of a step: to lower it made more steps of fewer responses."""
+    for rows in (8, 1):
+        ok(ppo(toy, tmp_path / f"{rows}", algorithm="reinforce++", kl_coef=0.0, reward_function=f"{toy / 'rewards.py'}:evens", minibatch_size=-1, max_batch_size=rows, max_iterations=1))
+    (whole_step,), (single,) = iterations(tmp_path / "8"), iterations(tmp_path / "1")
+    assert whole_step["actor_steps"] == single["actor_steps"] == 8 and whole_step["ratio_max"] == pytest.approx(single["ratio_max"], rel=1e-4)
+
+
 def whole(folder):
     """name -> full tensor of the last save, joined from its shards."""
     save = max(folder.glob("step-*"))
