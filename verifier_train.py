@@ -218,12 +218,13 @@ def main(
                   f"{groups.tp_size()} tensor-parallel x {groups.dp_size()} data-parallel ranks, {model.dtype}, {total_steps} steps\n"
                   f"first example, judged part in brackets: {show_judged(examples[0], tokenizer)}")
     since, step = Average(), 0
-    judged: list = [0.0, 0]     # rightly, in all, on this replica since the last line
+    judged: list = [0.0, 0]     # rightly, in all, by this replica since the last line: its first rank counts, however many it has when the run goes on
 
     def loss_sum(indices):
         rows = [examples[i] for i in indices]
         value, right = objective(model, rows, loss=loss, margin=margin, centre=centre, lm_loss_weight=lm_loss_weight)
-        judged[0], judged[1] = judged[0] + right, judged[1] + count_judgements(rows, loss)
+        if groups.tp_rank() == 0:
+            judged[0], judged[1] = judged[0] + right, judged[1] + count_judgements(rows, loss)
         return value
 
     def save(name, epoch):

@@ -111,6 +111,17 @@ def test_resumed_at_other_numbers_of_ranks(toy, undisturbed, tmp_path):
         assert mine[key]["loss"] == pytest.approx(expected[key]["loss"], abs=1e-5), key
 
 
+def test_a_verifier_resumed_at_another_number_of_ranks_counts_every_judgement_once(toy, tmp_path):
+    """The accuracy of a line of the log: what was judged before the kill had counted once for each of the ranks that were there."""
+    for name, n in (("whole", 1), ("run", 2)):
+        script, flags = flags_of("verifier", toy, tmp_path / name, log_steps=4, max_steps=4, save_steps=1)
+        ended = run(script, flags, n, [("kill", -1, STEP, 2)] if n == 2 else (), folder=tmp_path)
+        assert ended.ok == (n == 1), ended.texts
+    ended = run(script, flags, 1, folder=tmp_path)
+    assert ended.ok and "was saved by 2 tensor-parallel ranks" in ended.texts[0], ended.texts
+    assert metrics_of(tmp_path / "run")["train", 4]["accuracy"] == metrics_of(tmp_path / "whole")["train", 4]["accuracy"]
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_disk_that_fills_up_while_saving(toy, undisturbed, tmp_path):
     disk = tmp_path / "disk"
