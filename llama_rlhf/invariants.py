@@ -70,7 +70,7 @@ def copies(models: dict[str, Transformer]) -> list[Check]:
                     within[f"{role} {native}"] = _bits(view)
                 elif piece.shared:
                     head = model.config.head_dim
-                    for n, part in enumerate(view.split(head, piece.dim)):
+                    for n, part in enumerate(view.split(head, piece.dim) if view.numel() else ()):      # a rank without heads
                         within[f"{role} {native}, head {piece.held[0] // head + n}"] = _bits(part)
                 if groups.dp_size() > 1 and piece.dim is not None:
                     across[f"{role} {native} {piece.held}"] = _bits(view)

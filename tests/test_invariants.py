@@ -47,6 +47,12 @@ def test_a_rank_that_departs_is_named_on_every_rank(fault, tp, named, tmp_path):
         assert named in said and bool(said) == (fault != "none"), said
 
 
+def test_a_rank_without_heads_departs_from_nobody(tmp_path):
+    """Three ranks, two heads that share keys: the first rank's empty part of them was compared with what the others hold, and no training began."""
+    make_hf(tmp_path, "llama", num_attention_heads=2, num_key_value_heads=1)
+    assert run_ranks(3, drifted, str(tmp_path), "none", 3) == [""] * 3
+
+
 def test_texts_need_one_beginning_and_an_end():
     from types import SimpleNamespace
 
