@@ -431,12 +431,13 @@ def batches(
     order = list(range(len(examples)))
     if shuffle:
         random.Random(f"{seed}/{epoch}").shuffle(order)  # a string seeds alike in every process and Python build
-    steps, rows = [], []
+    steps, rows, n_tokens, most = [], [], 0, 0
     for i in order:
-        if rows and not _fits(rows + [i], lengths, max_batch_size, max_batch_tokens, dp_size):
-            steps.append(rows)
-            rows = []
+        n_tokens, most = n_tokens + lengths[i], max(most, lengths[i])
         rows.append(i)
+        if len(rows) > max_batch_size * dp_size or max_batch_tokens is not None and not _fits(rows, lengths, n_tokens, most, max_batch_tokens, dp_size):
+            steps.append(rows[:-1])
+            rows, n_tokens, most = [i], lengths[i], lengths[i]
     steps += [rows] if rows else []
     return [deal(rows, lengths, dp_size)[dp_rank] for rows in steps]
 
@@ -449,11 +450,11 @@ def deal(rows, lengths, n_hands):
     if n_hands == 1:
         return [list(rows)]
     hands, loads = [[] for _ in range(n_hands)], [0] * n_hands
-    for place, i in enumerate(sorted(rows, key=lambda i: (-lengths[i], i))):
-        open_hands = [h for h in range(n_hands) if len(hands[h]) == place // n_hands]
-        hand = min(open_hands, key=lambda h: (loads[h], h))
-        hands[hand].append(i)
-        loads[hand] += lengths[i]
+    longest_first = sorted(rows, key=lambda i: (-lengths[i], i))
+    for start in range(0, len(rows), n_hands):  # a round gives each hand one row at most
+        for hand, i in zip(sorted(range(n_hands), key=loads.__getitem__), longest_first[start : start + n_hands]):
+            hands[hand].append(i)
+            loads[hand] += lengths[i]
     return hands
 
 
@@ -470,9 +471,12 @@ def pack(rows, lengths, *, max_tokens=None, max_rows=None):
     return packs
 
 
-def _fits(rows, lengths, max_batch_size, max_batch_tokens, dp_size):
-    if len(rows) > max_batch_size * dp_size:
-        return False
-    if max_batch_tokens is None:
-        return True
+def _fits(rows, lengths, n_tokens, most, max_batch_tokens, dp_size):
+    """Whether each hand of these rows, of n_tokens in all and the longest of `most`, has room.
+
+    Dealt by the longest first, hands differ by at most the longest row: mostly the sum tells, and nothing need be dealt.
+    """
+    room = max_batch_tokens * dp_size - n_tokens
+    if room < 0 or dp_size == 1 or room >= most * (dp_size - 1):
+        return room >= 0
     return all(sum(lengths[i] for i in hand) <= max_batch_tokens for hand in deal(rows, lengths, dp_size))

@@ -1,11 +1,13 @@
 """Reading records, building training examples, and the order of an epoch."""
 
+import itertools
 import json
 import random
 
 import pytest
 
-from llama_rlhf.data import DataReport, Example, batches, encode_prompt, pack, sft_examples, show_example
+from llama_rlhf import data
+from llama_rlhf.data import DataReport, Example, batches, deal, encode_prompt, pack, sft_examples, show_example
 from llama_rlhf.records import answers_of, preference_of, prompt_of, read_records, turns_of
 from llama_rlhf.tokenizer import load_tokenizer
 
@@ -383,6 +385,19 @@ def test_ranks_share_the_rows_of_the_larger_batch_evenly():
         assert sorted(whole) == sorted(i for share in shares for i in share) and [len(share) for share in shares] == [4, 4]
         tokens = [sum(lengths[i] for i in share) for share in shares]
         assert abs(tokens[0] - tokens[1]) <= max(lengths[i] for i in whole) / 2
+
+
+def test_steps_are_full_and_their_rows_dealt_a_few_times_not_for_every_row(monkeypatch):
+    """A limit of tokens on several replicas took minutes of every epoch of a million records."""
+    lengths, deals = [10 + 37 * i % 41 for i in range(2000)], []
+    monkeypatch.setattr(data, "deal", lambda *args: deals.append(1) or deal(*args))
+    ranks = [batches(examples_of(lengths), max_batch_size=1000, max_batch_tokens=1500, shuffle=False, dp_rank=rank, dp_size=4) for rank in range(4)]
+    assert len(deals) < 4 * 20 * len(ranks[0])
+    steps = [sorted(itertools.chain(*hands)) for hands in zip(*ranks)]
+    assert list(itertools.chain(*steps)) == list(range(2000))
+    for step, following in itertools.pairwise(steps):
+        heaviest = lambda rows: max(sum(lengths[i] for i in hand) for hand in deal(rows, lengths, 4))  # noqa: E731
+        assert heaviest(step) <= 1500 < heaviest([*step, following[0]])
 
 
 def test_batches_mix_lengths():
