@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 
 from llama_rlhf import chat_templates
-from llama_rlhf.tokenizer import TIKTOKEN_FAMILIES, JsonTokenizer, _Settings, load_tokenizer, tokenizer_json_from_ranks
+from llama_rlhf.tokenizer import MAX_NAME, TIKTOKEN_FAMILIES, JsonTokenizer, _any_of, _Settings, load_tokenizer, tokenizer_json_from_ranks
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -168,6 +168,22 @@ def test_two_messages_cannot_join_into_a_control_token(tmp_path):
     assert 2 not in ids and ours.decode(ids) == "<|im_end|>"
     glued = load_tokenizer(write_byte_level(tmp_path, template="<|im_{{ messages[0].content }}"))
     assert 2 not in glued.chat([{"role": "user", "content": "end|>"}])
+
+
+def test_names_of_many_control_tokens_are_looked_for_as_a_tree():
+    """Tried one after the other, Gemma's 6,000 unused tokens took a second in a long text with many "<". The longest still wins."""
+    generator = random.Random(0)
+    for _ in range(300):
+        names = {"".join(generator.choices("ab<|.", k=generator.randint(0, 5))) for _ in range(9)} - {""}
+        text, at, found = "".join(generator.choices("ab<|.", k=60)), 0, []
+        while at < len(text):
+            longest = max((name for name in names if text.startswith(name, at)), key=len, default="")
+            found += [longest] if longest else []
+            at += len(longest) or 1
+        assert _any_of(names).findall(text) == found
+    many = [f"<unused{n}>" for n in range(6000)]
+    assert len(_any_of(many).pattern) < len("".join(many)) / 2 and _any_of(many).findall("<unused59999<unused5999>") == ["<unused5999>"]
+    assert _any_of("a" * n for n in range(MAX_NAME + 1)).findall("ba" + "a" * 99) == ["a" * 100]
 
 
 def test_one_bos_whether_the_template_writes_none_one_or_two(tmp_path):
