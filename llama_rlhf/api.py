@@ -21,7 +21,7 @@ from llama_rlhf.data import encode_prompt
 from llama_rlhf.models.transformer import CausalLM
 from llama_rlhf.parallel import groups
 from llama_rlhf.sampling import Sampling
-from llama_rlhf.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from llama_rlhf.tokenizer import GrowingText, Tokenizer, check_vocabulary, load_tokenizer
 
 
 @dataclass
@@ -90,7 +90,7 @@ def generate(model: LanguageModel, prompts, **options):
 def respond(model: LanguageModel, prompts: Sequence, **options) -> list[list[Response]]:
     """Collective. `generate` in its plain form: a list of prompts -> [prompt][sample]."""
     rows, options, ends = _prepare(model, prompts, **options)
-    return [[Response(_text(model.tokenizer, c.tokens, ends), c.tokens, c.finished, c.sample, c.logprobs) for c in samples]
+    return [[Response(_before(model.tokenizer.decode(c.tokens), ends), c.tokens, c.finished, c.sample, c.logprobs) for c in samples]
             for samples in generation.generate(model.model, rows, **options)]
 
 
@@ -101,16 +101,14 @@ def stream(model: LanguageModel, prompt, **options) -> Iterator[str]:
     if not _is_one(prompt) and len(prompt) > 0:
         raise ValueError("a stream is the response to one prompt; `generate` takes several")
     (row,), options, ends = _prepare(model, [prompt], **options)
-    shown, tokens = "", []
+    shown, text, growing = "", "", GrowingText(model.tokenizer)
     for new, completed in generation.steps(model.model, [row], **options):
-        for _, _, place, token in new:
-            tokens[place:] = [token]
-        text = _text(model.tokenizer, tokens, ends)
-        if not completed:
-            text = _settled(text, ends)
-        if len(text) > len(shown):
-            yield text[len(shown):]
-            shown = text
+        for *_, token in new:
+            text = growing.add(token)
+        ready = _before(model.tokenizer.decode(completed[0].tokens), ends) if completed else _settled(_before(text, ends), ends)
+        if len(ready) > len(shown):
+            yield ready[len(shown):]
+            shown = ready
 
 
 def _is_one(prompts) -> bool:
@@ -159,9 +157,8 @@ def stop_at(tokenizer, ends: Sequence[str]) -> Callable[[list[int]], bool] | Non
     return stops
 
 
-def _text(tokenizer, tokens: list[int], ends: Sequence[str]) -> str:
-    """The text of these tokens, up to the first stop string."""
-    text = tokenizer.decode(tokens)
+def _before(text: str, ends: Sequence[str]) -> str:
+    """The text up to the first stop string."""
     return text[:min((at for end in ends if (at := text.find(end)) >= 0), default=len(text))]
 
 

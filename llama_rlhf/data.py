@@ -22,6 +22,7 @@ import re
 from dataclasses import dataclass, field
 
 from llama_rlhf.records import SCHEMAS, answers_of, keys_of, located, naming, preference_of, prompt_of, text_field, texts_field, turns_of, type_name
+from llama_rlhf.tokenizer import GrowingText
 
 # -- examples ---------------------------------------------------------------------------------------------------
 
@@ -391,9 +392,9 @@ def show_judged(example, tokenizer):
 
 def token_pieces(tokenizer, ids):
     """The text of `ids`, control tokens by name, as one piece per token; a character of several tokens stands at its last."""
-    pieces, before = [], ""
-    for n in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:n], skip_special=False)
+    pieces, before, growing = [], "", GrowingText(tokenizer, skip_special=False)
+    for n, id in enumerate(ids, 1):
+        text = growing.add(id)
         if text.endswith("\ufffd") and n < len(ids):
             text = before
         pieces.append(text[len(before):])

@@ -131,6 +131,11 @@ class Tokenizer:
             return self._written[id]
         return self._piece_text(id) if 0 <= id < self._plain_size else self._text_names.get(id, "\ufffd")
 
+    def _stands_alone(self, id):
+        """Whether this token has the same text beside any other: it is no part of a character, no blank that a beginning may lose, and none that is left out."""
+        text = self.token_text(id)
+        return id not in self._special_names and "\ufffd" not in text and text.strip() != ""
+
     # -- chat --
 
     def chat(self, messages, *, add_generation_prompt=True):
@@ -178,6 +183,24 @@ class Tokenizer:
         names = {"bos_token": "", "eos_token": "", **self._settings.names}
         return chat_templates.render(self.chat_template, messages=messages, add_generation_prompt=add_generation_prompt,
                                      tools=None, documents=None, **names)  # fmt: skip
+
+
+class GrowingText:
+    """The text of ids that come one by one: each costs a short piece to decode, not all that came before."""
+
+    def __init__(self, tokenizer, *, skip_special=True):
+        self._tokenizer, self._skip_special, self._settled, self._recent, self._known = tokenizer, skip_special, "", [], 0
+
+    def add(self, id):
+        """The whole text, as `decode` of all ids gives it."""
+        self._recent.append(id)
+        text = self._settled + self._decode(self._recent)[self._known :]
+        if len(self._recent) > 64 and self._tokenizer._stands_alone(id):
+            self._settled, self._recent, self._known = text, [id], len(self._decode([id]))  # the next is decoded behind this one, for the blank between them
+        return text
+
+    def _decode(self, ids):
+        return self._tokenizer.decode(ids, skip_special=self._skip_special)
 
 
 def _any_of(names):
@@ -291,6 +314,9 @@ class SentencePieceTokenizer(Tokenizer):
     def _piece_text(self, id):
         return _piece_text(self._model.IdToPiece(id))
 
+    def _stands_alone(self, id):
+        return super()._stands_alone(id) and not (id < self._plain_size and self._model.IsByte(id))  # bytes in a row are decoded as one
+
 
 class JsonTokenizer(Tokenizer):
     """A `tokenizer.json` (also built from tiktoken ranks), run by the `tokenizers` library.
@@ -386,6 +412,9 @@ class JsonTokenizer(Tokenizer):
             return bytes(_BYTE_OF_CHARACTER[c] for c in piece).decode(errors="replace")
         except KeyError:  # an added token, kept as written
             return piece
+
+    def _stands_alone(self, id):
+        return super()._stands_alone(id) and not (self._rust.id_to_token(id) or "").startswith("<0x")  # bytes in a row are decoded as one
 
 
 def _first_token(processor):
