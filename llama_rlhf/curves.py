@@ -51,7 +51,9 @@ LOGARITHMIC = ("Loss", "Perplexity", "Gradient norm")      # where largest and s
 
 def series(run: Run, kind: str, name: str, most: int = MAX_POINTS) -> tuple:
     """(steps, values) of one name; null is left out."""
-    return thin([(record["step"], record[name]) for record in run.of(kind) if record.get(name) is not None and "step" in record], most)
+    if (key := (kind, name, most)) not in run.columns:
+        run.columns[key] = thin([(record["step"], record[name]) for record in run.of(kind) if record.get(name) is not None and "step" in record], most)
+    return run.columns[key]
 
 
 def thin(points: list[tuple[float, float]], most: int) -> tuple:

@@ -47,8 +47,9 @@ class Run:
     given: list[str] | None = None      # flags that its command named; the others have their defaults. None: an older run, which did not say
     started: str = ""
     records: list[dict] = field(default_factory=list)                       # lines of metrics.jsonl that count
-    answers: list[tuple[str, list[dict]]] = field(default_factory=list)     # ("step 20", rows of samples-20.jsonl), in order
+    answers: list[tuple[str, list[dict]]] = field(default_factory=list)     # ("step 20", rows of samples-20.jsonl) of the first evaluation and the last
     colour: str = ""
+    columns: dict = field(default_factory=dict, repr=False)                 # of `records`, once read: see curves.series
 
     def of(self, kind: str) -> list[dict]:
         return [record for record in self.records if record["kind"] == kind]
@@ -81,7 +82,7 @@ def _read_run(folder: str, name: str) -> Run:
         found = [(int(match[1]), file) for file in os.listdir(folder) if (match := re.fullmatch(r"samples-(\d+)\.jsonl", file)) and int(match[1]) in evaluated]
         unit = "iteration" if about["script"] == "ppo_train.py" else "step"
         return Run(name, folder, about["script"], about["arguments"], about["environment"], about.get("given"), about["started"], records,
-                   [(f"{unit} {step}", _read_lines(os.path.join(folder, file))) for step, file in sorted(found)])
+                   [(f"{unit} {step}", _read_lines(os.path.join(folder, file))) for step, file in sorted(found)[:: max(1, len(found) - 1)]])
     about = _read_json(os.path.join(folder, "metrics.json"))
     metrics = {key: value for key, value in about.items() if key not in ("arguments", "environment", "given")}
     samples = os.path.join(folder, "samples.jsonl")

@@ -16,7 +16,7 @@ import torch
 from ranks import run_script
 from test_scripts import lines_of, split, toy  # noqa: F401
 
-from llama_rlhf import report
+from llama_rlhf import curves, report
 from llama_rlhf.curves import series, thin
 from llama_rlhf.runlog import RunLog, check_tracker
 
@@ -176,6 +176,20 @@ def test_samples_of_an_evaluation_that_does_not_count_are_not_shown(tmp_path):
         samples(run, step, correct)
     compared, = report.before_and_after([report.read_run(str(run), "run")])
     assert compared["names"] == ["step 0", "step 3"] and compared["paired"]["gained"] == 1
+
+
+def test_of_many_evaluations_the_answers_of_first_and_last_are_read_and_a_curve_is_made_once(tmp_path, monkeypatch):
+    """All samples-N.jsonl of a long run were held at once, gigabytes of them, and each curve was computed from all records six times."""
+    evaluations = [dict(kind="evaluation", step=step, accuracy=step / 10, interval=[0.0, 1.0], n_problems=1, rule="D") for step in (0, 2, 4, 6)]
+    folder = write_run(tmp_path / "run", records=[*map(iteration, range(1, 7)), *evaluations])
+    for evaluation in evaluations:
+        samples(folder, evaluation["step"], [True])
+    read, read_lines, made, thinned = [], report._read_lines, [], thin
+    monkeypatch.setattr(report, "_read_lines", lambda path: read.append(os.path.basename(path)) or read_lines(path))
+    monkeypatch.setattr(curves, "thin", lambda points, most: made.append((tuple(points), most)) or thinned(points, most))
+    report.write([str(folder)], str(tmp_path / "report.html"))
+    assert read == ["metrics.jsonl", "samples-0.jsonl", "samples-6.jsonl"]
+    assert len([points for points, _ in made if points]) <= 3 * len({points for points, _ in made})
 
 
 def test_evaluations_beside_each_other_are_judged_by_one_rule(tmp_path):
