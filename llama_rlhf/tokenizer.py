@@ -67,6 +67,7 @@ class Tokenizer:
         self._special_heads = {name[:n] for name in special_ids for n in range(1, len(name))}
         self._special_tails = {name[n:] for name in special_ids for n in range(1, len(name))}
         self._special_lengths = range(1, max(map(len, special_ids), default=0))
+        self._ids: dict[int, int] = {}
         self._settings = settings
         self.chat_template, self.templates = settings.chat_template, settings.templates
 
@@ -91,10 +92,14 @@ class Tokenizer:
     def encode(self, text, *, bos=False, eos=False, special=False):
         """Token ids of `text`. bos and eos add that token where the tokenizer has one; special=True reads the
         names of control tokens in `text` as those tokens, which is not for text that comes from users."""
-        return self._framed(self._encode_parts(self._split(text) if special else [text]), bos, eos)
+        return self._framed(self._shared(self._encode_parts(self._split(text) if special else [text])), bos, eos)
 
     def encode_batch(self, texts, *, bos=False, eos=False):
         return [self.encode(text, bos=bos, eos=eos) for text in texts]
+
+    def _shared(self, ids):
+        """The same numbers, each a single object however often it comes: of a million texts, 8 bytes a token instead of 40."""
+        return list(map(self._ids.setdefault, ids, ids))
 
     def _framed(self, ids, bos, eos):
         head = [self.bos_id] if bos and self.bos_id is not None else []
@@ -156,7 +161,7 @@ class Tokenizer:
             raise ValueError("messages and chat template use every one of Unicode's private characters; one is needed here")
         rendered = self._render(self._guarded(messages, guard), add_generation_prompt)
         parts = [part if isinstance(part, int) else part.replace(guard, "") for part in self._split(rendered)]
-        ids = self._encode_parts([part for part in parts if part != ""])
+        ids = self._shared(self._encode_parts([part for part in parts if part != ""]))
         if self.bos_id is None:
             return ids
         while ids[:1] == [self.bos_id]:  # the template may write it or not, some write it twice
@@ -399,7 +404,7 @@ class JsonTokenizer(Tokenizer):
     def encode_batch(self, texts, *, bos=False, eos=False):
         with reading("tokenizer.json", "cannot encode these texts with it"):
             encoded = self._rust.encode_batch(texts, add_special_tokens=False)
-        return [self._framed(item.ids, bos, eos) for item in encoded]
+        return [self._framed(self._shared(item.ids), bos, eos) for item in encoded]
 
     def _decode_text(self, ids):
         return self._rust.decode(ids, skip_special_tokens=False)

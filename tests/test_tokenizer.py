@@ -406,6 +406,14 @@ def test_text_is_not_merged_into_a_control_token(tmp_path):
     assert tok.decode(tok.encode("the other")) == "the other"
 
 
+def test_a_number_is_kept_once_however_many_texts_hold_it(tmp_path):
+    """Of two million tokens of training data one and a half million were objects of their own, of 32 bytes each, on every rank."""
+    tokenizer = load_tokenizer(write_byte_level(tmp_path))
+    rows = [*(tokenizer.encode(text, bos=True, eos=True) for text in CORPUS), *tokenizer.encode_batch(CORPUS), tokenizer.chat([{"role": "user", "content": CORPUS[0]}])]
+    numbers = [number for row in rows for number in row if number > 256]        # of smaller ones Python itself has only one each
+    assert len(numbers) > 50 and len(set(map(id, numbers))) == len(set(numbers))
+
+
 def test_token_text_keeps_blanks_and_names(tmp_path):
     ours = load_tokenizer(write_byte_level(tmp_path))
     ids = ours.encode("<|im_start|> the é", special=True)
