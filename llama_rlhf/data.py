@@ -262,14 +262,15 @@ _WHOLE_NUMBER = re.compile(r"(?<![0-9.])(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-
 
 def corrupt_numbers(text, generator):
     """A wrong solution that looks like `text`: its answer is another number wherever it stands, and so is, on average,
-    one number on the way there. None if there is no number.
+    one number on the way there. None if there is no number, or one of thousands of digits.
 
     The answer is what follows the last "####", or else the last number. A number is replaced by a near one, the same at
     every place, so that only the arithmetic or the problem gives the error away, never two spellings of one result.
     """
-    values = [int(match.group().replace(",", "")) for match in _WHOLE_NUMBER.finditer(text)]
-    if not values:
+    found = _WHOLE_NUMBER.findall(text)
+    if not found or max(map(len, found)) > 4000:  # Python converts no more than 4300 digits
         return None
+    values = [int(number.replace(",", "")) for number in found]
     before_answer = _WHOLE_NUMBER.findall(text[: text.rfind("####")]) if "####" in text else values[:-1]
     answer = values[min(len(before_answer), len(values) - 1)]
     others = sorted(set(values) - {answer})

@@ -127,6 +127,7 @@ def test_corrupted_solutions_have_another_answer_under_every_rule():
         # only numbers differ
         assert [part for part in map(str.strip, _without_numbers(text))] == [part for part in map(str.strip, _without_numbers(wrong))]
     assert corrupt_numbers("none", generator) is None
+    assert corrupt_numbers(f"1 and {'9' * 4300}\n#### 1", generator) is None and corrupt_numbers("1" * 5000, generator) is None       # Python converts 4300 digits
 
 
 def test_corrupted_answers_lie_on_both_sides_and_one_number_on_the_way_changes_on_average():
