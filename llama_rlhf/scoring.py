@@ -36,7 +36,7 @@ def mcnemar_exact(b, c):
         raise ValueError(f"b={b}, c={c}: counts cannot be negative")
     n, k = b + c, min(b, c)
     term = tail = comb(n, k) / 2**n
-    while k and term > 1e-18 * tail:  # each term from the one above it: their sum by `comb` takes minutes at ten thousand problems
+    while k and term > 1e-18 * tail:  # each term from the one above it: their sum by `comb` takes minutes at 16,000 problems
         term, k = term * k / (n - k + 1), k - 1
         tail += term
     return min(1.0, 2 * tail)
@@ -193,7 +193,7 @@ def score_by_length(scores, lengths):
 
     The correlation is None where one of them never varies.
     """
-    x, y = ([value - fmean(values) for value in values] for values in (lengths, scores))
+    x, y = ([value - mean for value in values] for values, mean in ((lengths, fmean(lengths)), (scores, fmean(scores))))
     norms = sqrt(sum(a * a for a in x)), sqrt(sum(b * b for b in y))
     bounds = quantiles(lengths, n=4, method="inclusive") if len(lengths) > 1 else []
     quarters = {}

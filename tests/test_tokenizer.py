@@ -426,7 +426,7 @@ def test_token_text_keeps_blanks_and_names(tmp_path):
 
 @pytest.mark.parametrize("write", ["write_byte_level", "write_llama_like", "sentencepiece"])
 def test_a_growing_text_equals_decoding_all_of_it_and_decodes_little(write, tmp_path, request, monkeypatch):
-    """A stream decoded all of the response at every token: of 8,000 tokens that took 20 s, of 32,000 five minutes; so did the pieces of a scored response."""
+    """A stream decoded all of the response at every token: of 8,000 tokens that took 20 s; so did the pieces of a scored response."""
     tokenizer = load_tokenizer(request.getfixturevalue("sentencepiece_folder") if write == "sentencepiece" else globals()[write](tmp_path))
     generator, decode, decoded = random.Random(0), tokenizer.decode, []
     ids = [id for _ in range(12) for text in generator.sample(TEXTS, 5) for id in [*tokenizer.encode(text), *(generator.randrange(tokenizer.vocab_size) for _ in range(8))]]
