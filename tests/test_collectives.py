@@ -54,6 +54,31 @@ def test_shared_memory_equals_gloo_and_ranks_agree(n):
         assert (most == parts.max(0, initial=-99)).all() and (strided == total).all()
 
 
+def scattered():
+    """Rows of the sum and all rows again, by the collectives that GPUs take, and by those of one host."""
+    import warnings
+
+    from llama_rlhf.parallel import groups
+    from llama_rlhf.parallel.regions import all_gather_tokens, own_tokens, reduce_scatter_tokens
+    groups.initialize(device="cpu")
+    found = []
+    for takes_them in (False, True):
+        if takes_them:
+            groups._state["shared_memory"] = None
+            torch.Tensor.is_cuda = property(lambda x: True)
+        x = torch.arange(14).view(7, 2).float() + groups.rank()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found.append([t.tolist() for t in (reduce_scatter_tokens(x), all_gather_tokens(own_tokens(x), 7))])
+    return found
+
+
+def test_tokens_divided_by_the_collectives_of_gpus_are_those_of_one_host():
+    """gloo has them too; torch 2.13 gave them other names, and warns of those that older ones have."""
+    for here, there in run_ranks(3, scattered):
+        assert here == there and len(here[0]) == 3 and len(here[1]) == 7
+
+
 def test_a_full_dev_shm_is_an_error_that_leaves_no_file(world_of_one, monkeypatch):
     import tempfile
 

@@ -13,6 +13,7 @@ Every call and its bytes are counted in `traffic`, so a test can hold the progra
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,9 @@ import torch.distributed as dist
 from llama_rlhf.parallel import groups
 
 traffic: Counter = Counter()      # "all_reduce" -> calls, "all_reduce_bytes" -> bytes of this rank's operand, ...
+# torch 2.13 renamed them, and warns of the older names
+_all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def all_reduce_(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
@@ -49,9 +53,9 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     _count("all_gather", tensor)
     if (shared := groups.shared_memory()) is not None:
         return shared.all_gather(tensor)
-    parts = [torch.empty_like(tensor) for _ in range(groups.tp_size())]
-    dist.all_gather(parts, tensor.contiguous(), group=groups.tp_group())
-    return torch.stack(parts)
+    whole = tensor.new_empty(groups.tp_size(), *tensor.shape)       # a list of parts would be gathered in one piece, copied apart and together again
+    _all_gather_single(whole.view(-1), tensor.contiguous().view(-1), group=groups.tp_group())
+    return whole
 
 
 def all_gather_tokens(x: torch.Tensor, n: int) -> torch.Tensor:
@@ -66,7 +70,7 @@ def reduce_scatter_tokens(x: torch.Tensor) -> torch.Tensor:
         return own_tokens(_reduce_(x.clone(), "sum")).clone()
     each = -(-len(x) // groups.tp_size())
     own = x.new_empty(each, *x.shape[1:])
-    dist.reduce_scatter_tensor(own, _filled(x, each * groups.tp_size()).contiguous(), group=groups.tp_group())
+    _reduce_scatter_single(own, _filled(x, each * groups.tp_size()).contiguous(), group=groups.tp_group())
     return own
 
 
