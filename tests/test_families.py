@@ -538,6 +538,20 @@ def test_the_grouped_kernel_and_the_loop_over_experts_agree(dtype, tolerance, wo
         assert (loop.float() - kernel.float()).abs().max() < tolerance
 
 
+def test_the_grouped_kernel_waits_for_no_device(world_of_one, monkeypatch):
+    """Forward and backward run on tensors that have no values, which whoever reads one back stops at; plans do so too."""
+    from llama_rlhf.models import PRESETS
+    from llama_rlhf.parallel import layers
+    from llama_rlhf.parallel.partition import Partition
+    if not hasattr(torch.nn.functional, "grouped_mm"):
+        pytest.skip("this torch has no grouped_mm")
+    monkeypatch.setattr(layers, "_has_grouped_mm", lambda *_: True)
+    experts = layers.ParallelExperts(4, 16, 24, Partition(replace(PRESETS["mixtral-8x7b"], dim=16, ffn_dim=24), 1), dtype=torch.bfloat16)
+    x = torch.empty(9, 16, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    experts(x, torch.empty(9, 2, dtype=torch.long, device="meta"), torch.empty(9, 2, device="meta")).sum().backward()
+    assert x.grad.shape == x.shape and experts.w13.grad.shape == experts.w13.shape
+
+
 @pytest.mark.parametrize("normalise", [True, False])
 def test_routing_weights_are_renormalised_only_if_the_config_says_so(normalise, world_of_one, tmp_path):
     from llama_rlhf.checkpoint.shards import load_model

@@ -347,20 +347,20 @@ class ParallelExperts(nn.Module):
         # each rank's experts give a part of the output, so the shares (and x) get a part of their gradient here: sum it
         x, weights = copy_to_tp(x), copy_to_tp(weights)
         n_tokens, k = chosen.shape
-        order = chosen.flatten().argsort(stable=True)                       # tokens side by side, expert after expert
-        counts = torch.bincount(chosen.flatten(), minlength=self.n_experts)
-        out = self._grouped(x[order // k], counts)[order.argsort()].unflatten(0, (n_tokens, k))
+        experts, order = chosen.flatten().sort(stable=True)                 # tokens side by side, expert after expert
+        out = self._grouped(x[order // k], experts)[order.argsort()].unflatten(0, (n_tokens, k))
         return reduce_from_tp((out * weights[..., None]).sum(1).to(x.dtype))    # summed in the dtype of the shares
 
-    def _grouped(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """x: [N, dim], the first counts[0] rows for expert 0 and so on."""
+    def _grouped(self, x: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """x: [N, dim]; experts: [N] that of each row, ascending."""
         w13 = self.w13.view(self.n_experts, 2 * self.width, self.dim)
         w2 = self.w2.view(self.n_experts, self.dim, self.width)
         if _has_grouped_mm(x, self.width):
-            ends = counts.cumsum(0, dtype=torch.int32)
+            # counting them by bincount would wait for the device
+            ends = torch.searchsorted(experts, torch.arange(self.n_experts, device=x.device), right=True, out_int32=True)
             gate, up = _grouped_mm(x, w13.mT, offs=ends).chunk(2, -1)
             return _grouped_mm(F.silu(gate) * up, w2.mT, offs=ends)
-        out = []
+        out, counts = [], torch.bincount(experts, minlength=self.n_experts)
         # unbind once: indexing inside the loop would make backward build one full-size gradient per expert
         for rows, expert13, expert2 in zip(x.split(counts.tolist()), w13.unbind(), w2.unbind()):
             if len(rows):
