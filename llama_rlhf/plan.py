@@ -119,8 +119,8 @@ def _layout(flags: dict, config: ModelConfig | None):
     tp = ranks if f.model_parallel_size == -1 else f.model_parallel_size
     if tp < 1 or ranks < 1 or ranks % tp:
         raise ValueError(f"--model_parallel_size {f.model_parallel_size} does not divide the {ranks} ranks that are planned for")
-    if f.device == "cuda" and torch.version.cuda is None:
-        raise ValueError("--device cuda: this torch is built without CUDA and cannot plan for it. Leave --device out: activations are then a CPU's.")
+    if f.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device and cannot plan for one. Leave --device out: activations are then a CPU's.")
     device = "cuda" if f.device == "cuda" or f.device == "auto" and torch.cuda.is_available() else "cpu"
     with groups.pretend(tp, getattr(f, "of_rank", tp - 1) if f.plan else groups.tp_rank(), ranks // tp, device):
         dtype, lora = groups.default_dtype(f.dtype), lora_of(f.lora_rank, f.lora_alpha) if hasattr(f, "lora_rank") else None

@@ -149,6 +149,16 @@ def flags_of(script, **given):
     return {**{name: p.default for name, p in inspect.signature(main).parameters.items()}, "ckpt_dir": "", "actor_ckpt_dir": "", "plan": True, "device": "cpu", "dtype": "bf16", **given}
 
 
+def test_a_gpu_that_is_not_there_cannot_be_planned_for(monkeypatch):
+    """Whether torch was built for one or not: its drivers are asked what the card can do."""
+    from llama_rlhf import plan
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for version in ("13.0", None):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        with pytest.raises(ValueError, match="--device cuda: torch sees no CUDA device and cannot plan for one. Leave --device out"):
+            plan.plan_training(flags_of("solver_train", model_type="smollm2-135m", device="cuda", max_seq_len=64))
+
+
 def test_roles_share_a_base_only_with_adapters(monkeypatch):
     from llama_rlhf import plan
     from llama_rlhf.models import preset
