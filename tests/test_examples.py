@@ -210,13 +210,14 @@ def test_two_nodes_by_torchrun_and_by_slurm(toys, scripts, tmp_path):
     bin_dir = tmp_path / "bin"
     bin_dir.mkdir()
     (bin_dir / "scontrol").write_text("#!/bin/sh\necho node-a\necho node-b\n")
-    (bin_dir / "srun").write_text('#!/bin/bash\n[[ $1 == --kill* ]] && shift\nSLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@"; wait $!\n')
+    (bin_dir / "srun").write_text(f'#!/bin/bash\nwhile [[ $1 == --* ]]; do echo $1; shift; done > {bin_dir}/flags\n' 'SLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@"; wait $!\n')
     for name in ("scontrol", "srun"):
         (bin_dir / name).chmod(0o755)
     job = bash("two_nodes.sbatch", scripts, f"{bin_dir}:", **given, SAVE_PATH=tmp_path / "job", SLURM_SUBMIT_DIR=ROOT, SLURM_JOB_NODELIST="node-[a-b]",
-               SLURM_JOB_ID=7, SLURM_JOB_NUM_NODES=2, RECIPE="examples/llama2.sh")
+               SLURM_JOB_ID=7, SLURM_JOB_NUM_NODES=2, SLURM_CPUS_PER_TASK=32, RECIPE="examples/llama2.sh")
     out, err = job.communicate(timeout=900)
     assert job.returncode == 0 and "McNemar" in out, err
+    assert "--cpus-per-task=32" in (bin_dir / "flags").read_text()
 
 
 def test_export_for_transformers(toys, scripts, tmp_path):
