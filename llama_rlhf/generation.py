@@ -145,6 +145,7 @@ def steps(model: CausalLM, prompts: list[list[int]], *, eos_ids: tuple[int, ...]
                     waiting += sorted(((row.prompt, row.sample) for row in batch.active), reverse=True)     # each begins anew
                     print(f"rank {groups.rank()}: out of memory with {n_slots} rows at once; going on with {n_slots // 2}", flush=True)
                     batch, n_slots = None, n_slots // 2
+                if batch is None:       # here, where the error no longer holds the batch's tensors
                     _free()
                     continue
                 stats.cache_bytes = max(stats.cache_bytes, batch.cache.peak_bytes)
@@ -213,7 +214,9 @@ def _max(value: float) -> float:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)      # the latter is the CPU's
+    """As torch's allocator says it, CUDA itself (kernels, graphs), cuBLAS, or a CPU."""
+    words = ("CUDA error: out of memory", "CUDA driver error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def _free() -> None:

@@ -189,6 +189,25 @@ def test_out_of_memory_while_generating_halves_the_batch(model, monkeypatch, cap
         assert capsys.readouterr().out.count("out of memory") == n
 
 
+@pytest.mark.parametrize("said", ["CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'", "CUDA driver error: out of memory",
+                                  "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"])
+def test_memory_that_cuda_lacks_is_made_by_the_batch_that_failed(model, monkeypatch, said):
+    """Kernels, graphs and cuBLAS take theirs beside torch's, which must give back what the failed batch held: nobody may hold that any more."""
+    prefill, free, caches, held = generation._Batch.prefill, generation._free, [], []
+
+    def failing(self, waiting):
+        caches.append(weakref.ref(self.cache))
+        if len(caches) == 1:
+            raise RuntimeError(said)
+        return prefill(self, waiting)
+
+    monkeypatch.setattr(generation._Batch, "prefill", failing)
+    monkeypatch.setattr(generation, "_free", lambda: held.append(caches[0]()) or free())
+    statistics = generation.Statistics()
+    generate(model, PROMPTS, max_new_tokens=5, n_samples=4, statistics=statistics)
+    assert statistics.slots == 6 and held == [None]
+
+
 def test_the_cache_is_gone_when_generation_ends(model, monkeypatch):
     """At once, not when garbage is collected: the memory is the next phase's."""
     caches, make = [], generation._Batch.__init__
