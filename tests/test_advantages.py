@@ -76,6 +76,8 @@ def test_gae_bootstraps_only_the_rows_that_were_cut():
     rewards, values = t([0, 0, 1], [0, 0, 1]), t([0.5, 0.6, 0.7], [0.5, 0.6, 0.7])
     advantages, _ = gae(rewards, values, valid(3, 3), bootstrap=t(0.0, 0.8))
     assert near(advantages, [[0.46575, 0.385, 0.3], [1.18775, 1.145, 1.1]])
+    # the value after the last token is one step away, as any next value
+    assert near(gae(t([0, 1]), t([0.5, 0.6]), valid(2), gamma=0.5, lam=0.8, bootstrap=t(0.8))[0], [[0.12, 0.8]])
 
 
 def test_with_lambda_one_the_advantage_is_the_reward_to_go_minus_the_value():
@@ -213,6 +215,8 @@ def test_reinforce_plus_plus_whitens_the_reward_to_go():
     got = make_advantages("reinforce++", t(1, 0), t([0.1, 0.2, 0], [0.3, -0.1, NAN]), valid(3, 2), settings=Settings(beta=0.1))
     assert near(got.unwhitened, [[0.97, 0.98, 1], [-0.02, 0.01, 0]]) and got.returns is None
     assert near(got.advantages, [[0.78865042, 0.80929572, 0.85058632], [-1.25523418, -1.19329828, 0]])
+    later = make_advantages("reinforce++", t(1), t([0, 0, 0]), valid(3), settings=Settings(gamma=0.5))
+    assert near(later.unwhitened, [[0.25, 0.5, 1]])
 
 
 def test_group_methods_give_every_token_its_response_s_advantage_and_only_rloo_charges_the_kl():
@@ -265,7 +269,7 @@ def test_an_empty_mask_gives_zeros_and_no_nan(name):
 def test_bf16_and_whole_number_inputs_are_computed_in_fp32_and_detached(name):
     b = random_buffer(6, dtype=torch.float32)
     b["scores"] = torch.tensor([0, 1, 1, 0, 0, 1])
-    b["kl"], b["values"] = b["kl"].bfloat16(), b["values"].bfloat16().requires_grad_()
+    b["kl"], b["values"] = b["kl"].bfloat16().requires_grad_(), b["values"].bfloat16().requires_grad_()
     got = advantages_of(name, b)
     assert got.advantages.dtype == got.rewards.dtype == torch.float32 and not got.advantages.requires_grad
     exact = advantages_of(name, {key: x.detach().double() if key in ("scores", "kl", "values") else x for key, x in b.items()})
