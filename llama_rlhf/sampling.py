@@ -83,7 +83,7 @@ def choose(hidden: torch.Tensor, weight: torch.Tensor, vocab_ranges, sampling: S
         token = token.where(best.isfinite(), -1)
         if not with_logprobs:
             return token, None
-    z = logits.to(torch.float32, copy=True)
+    z = logits.float()
     if sampling.temperature:
         z = z.div_(sampling.temperature)
         best = z.amax(-1)
@@ -122,7 +122,7 @@ def _invert(p: torch.Tensor, u: torch.Tensor, start: int) -> torch.Tensor:
     # a rank whose part is empty (all filtered away) repeats its predecessor's boundary: step back to one that holds mass
     for r in range(len(sums) - 1, 0, -1):
         rank = torch.where((rank == r) & (sums[r] == 0), rank - 1, rank)
-    inside = (target - before.gather(0, rank[None])[0]).clamp(min=0)
+    inside = target - before.gather(0, rank[None])[0]
     index = torch.searchsorted(cumulative, inside[:, None], right=True)[:, 0]
     # rounding may point past the last token with mass: the first index that reaches the total is that token
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())[:, 0]

@@ -1,6 +1,7 @@
 """load, generate, stream: what they promise to people who call them from Python; memory that runs out; the chat."""
 
 import gc
+import math
 import os
 import signal
 import subprocess
@@ -378,31 +379,77 @@ def test_logits_that_are_not_finite_end_in_a_sentence(value, folder, world_of_on
             generate(broken, PROMPTS, max_new_tokens=4, **options)
 
 
-def _choose_where_one_rank_has_no_number(temperature, with_logprobs, value):
+def _choose_where_one_rank_has_no_number(value):
     from llama_rlhf.sampling import Sampling, choose
     groups.initialize(device="cpu")
-    hidden, weight = torch.ones(3, 2), torch.eye(2)[[0, 1, 0, 1, 0]] + groups.tp_rank()
+    hidden, weight, found = torch.ones(3, 2), torch.eye(2)[[0, 1, 0, 1, 0]] + groups.tp_rank(), []
     hidden[1] = torch.tensor([value if groups.tp_rank() == 1 else 1.0, 1.0])
-    keys = (torch.arange(3),) * 3
-    token, logprobs = choose(hidden, weight, [(0, 5), (5, 10)], Sampling(temperature), keys, with_logprobs=with_logprobs)
+    for shared in (True, False):        # gloo's maximum may leave out what is not a number
+        if not shared:
+            groups._state["shared_memory"] = None
+        for temperature, with_logprobs in ((0.0, False), (0.0, True), (1.0, False), (1.0, True)):
+            token, logprobs = choose(hidden, weight, [(0, 5), (5, 10)], Sampling(temperature), (torch.arange(3),) * 3, with_logprobs=with_logprobs)
+            found.append((token.tolist(), with_logprobs and logprobs[[0, 2]].tolist()))
     groups.shutdown()
-    return token.tolist(), with_logprobs and logprobs[[0, 2]].tolist()
+    return found
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_both_ranks_say_that_one_has_no_number(value):
-    for temperature, with_logprobs in ((0.0, False), (0.0, True), (1.0, False), (1.0, True)):
-        a, b = run_ranks(2, _choose_where_one_rank_has_no_number, temperature, with_logprobs, value)
-        assert a == b and a[0][1] == -1 and a[0][0] >= 0 and a[0][2] >= 0
+    a, b = run_ranks(2, _choose_where_one_rank_has_no_number, value)
+    assert a == b and len(a) == 8 and all(tokens[1] == -1 and tokens[0] >= 0 and tokens[2] >= 0 for tokens, _ in a)
+
+
+def _many_ties(size):
+    return torch.randint(0, 3, (200, size), generator=torch.Generator().manual_seed(0)).bfloat16()
 
 
 @pytest.mark.parametrize("size", [64, 50])        # the first is searched by parts
 def test_greedy_takes_the_first_of_the_largest(world_of_one, size):
     from llama_rlhf.sampling import Sampling, choose
-    logits = torch.randint(0, 3, (200, size), generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits = _many_ties(size)
     logits[0, 40] = torch.nan
     token, logprobs = choose(logits, torch.eye(size).bfloat16(), [(0, size)], Sampling(), (torch.zeros(200, dtype=torch.long),) * 3)
     assert logprobs is None and token.tolist() == [-1, *(row.index(max(row)) for row in logits[1:].tolist())]
+
+
+def _first_of_the_largest():
+    from llama_rlhf.parallel.partition import even_ranges
+    from llama_rlhf.sampling import Sampling, choose
+    groups.initialize(device="cpu")
+    ranges = even_ranges(50, groups.tp_size())
+    token, _ = choose(_many_ties(50), torch.eye(50)[slice(*ranges[groups.tp_rank()])].bfloat16(), ranges, Sampling(), (torch.zeros(200, dtype=torch.long),) * 3)
+    groups.shutdown()
+    return token.tolist()
+
+
+def test_greedy_takes_the_first_of_the_largest_of_all_ranks():
+    assert run_ranks(3, _first_of_the_largest) == [[row.index(max(row)) for row in _many_ties(50).tolist()]] * 3
+
+
+def test_no_number_draws_a_token_without_mass(monkeypatch):
+    """At the ends of the ranks' parts, whose boundaries in fp64 may lie apart by a rounding: 1.5 / 2^53 and 1 add up to 1 + 2 / 2^53."""
+    from llama_rlhf import sampling
+    little = 1.5 / 2 ** 53
+    gap = 1.7 / 2 ** 53         # behind the little mass, before the next one as it was rounded
+    monkeypatch.setattr(sampling, "all_reduce_", lambda x: x)
+    for parts, u, token in (([[1, 1], [1, 1]], 0.5, 2), ([[0, 1], [1, 1]], 0.0, 1), ([[0, 0], [0, 1]], 0.0, 3), ([[1, 0], [0, 0]], 1 - 2 ** -53, 0), ([[1, 2 ** -25], [0, 0]], 1 - 2 ** -53, 1),
+                            ([[little, 0], [1, 0]], gap, 0), ([[0, little], [0, 0], [0, 0], [1, 0]], gap, 1)):
+        p, found = torch.tensor(parts), torch.zeros(1, dtype=torch.long)
+        monkeypatch.setattr(sampling, "all_gather", lambda _, p=p: p.sum(-1, keepdim=True, dtype=torch.float64))
+        for rank in range(len(parts)):
+            with groups.pretend(len(parts), rank):
+                found += sampling._invert(p[rank, None].float(), torch.tensor([u], dtype=torch.float64), 2 * rank)
+        assert found == token, (parts, u)
+
+
+def test_the_smallest_set_that_reaches_top_p_and_the_most_likely_alone(world_of_one):
+    """Probabilities of 1/2, 1/4, 1/4: one half is reached by the first; min_p 1 keeps the first as well."""
+    from llama_rlhf.sampling import Sampling, choose
+    logits, keys = torch.tensor([[2.0, 1.0, 1.0]]).mul(math.log(2)).expand(50, -1), (torch.arange(50),) * 3
+    for options, kept in (({"top_p": 0.5}, [0]), ({"min_p": 1.0}, [0]), ({"top_p": 0.51}, [0, 1, 2]), ({"min_p": 0.5}, [0, 1, 2])):
+        token, _ = choose(logits, torch.eye(3), [(0, 3)], Sampling(1.0, **options), keys)
+        assert token.unique().tolist() == kept, options
 
 
 def _choices(options, banned, candidates):
@@ -428,7 +475,7 @@ def _rows_of_logits():
 
 
 @pytest.mark.parametrize("n,candidates", [(1, 2), (1, 9), (3, 2), (3, 256)])        # too few for some rows, enough, all
-@pytest.mark.parametrize("options,banned", [({}, []), ({"top_k": 3}, []), ({"top_p": 0.7}, []), ({"top_k": 4, "top_p": 0.8}, []), ({"min_p": 0.2}, [2, 9]),
+@pytest.mark.parametrize("options,banned", [({}, []), ({"top_k": 10}, []), ({"top_p": 0.7}, []), ({"top_k": 4, "top_p": 0.8}, []), ({"min_p": 0.2}, [0, 3, 8]),
                                             ({"top_k": 5, "top_p": 0.9, "min_p": 0.1, "seed": 3}, [])])
 def test_a_token_is_the_inverse_of_the_filtered_distribution_at_its_number(n, candidates, options, banned):
     """Against sorting and adding up probabilities in fp64, over the whole vocabulary: top-k, of what is left top-p, of that min-p."""
@@ -458,7 +505,7 @@ def test_random_numbers_are_splitmix64_of_their_keys():
         states.append((1234567 + n * golden + (1 << 63)) % (1 << 64) - (1 << 63))
     assert [x % (1 << 64) for x in _mix(torch.tensor(states)).tolist()] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
     keys = torch.cartesian_prod(*[torch.arange(20)] * 3).unbind(1)
-    numbers = torch.cat([keyed_uniform(seed, *keys) for seed in range(9)])
+    numbers = torch.cat([keyed_uniform(seed, *keys) for seed in range(-4, 5)])
     assert len(numbers.unique()) == 72000 and numbers.min() >= 0 and numbers.max() < 1
     assert (torch.histc(numbers, 10, 0, 1) - 7200).abs().max() < 5 * 7200 ** 0.5
 
@@ -503,7 +550,8 @@ def test_prompts_prefill_in_packs_and_rows_end_where_there_is_no_more_room(model
 def test_numbers_out_of_range_are_refused(model):
     for options, said in (({"max_batch_size": 0}, "max_batch_size 0 must be at least 1"), ({"n_samples": 0}, "n_samples 0"), ({"max_seq_len": -5}, "max_seq_len -5"),
                           ({"max_new_tokens": -3}, "max_new_tokens -3 must be at least 0"),
-                          ({"temperature": float("nan")}, "temperature nan"), ({"temperature": 1.0, "seed": 1 << 63}, "--seed 9223372036854775808 must be a number of 64 bits")):
+                          ({"temperature": float("nan")}, "temperature nan"), ({"top_k": -1}, "top_k -1"), ({"top_p": 0.0}, "top_p 0.0"), ({"top_p": 1.1}, "top_p 1.1"),
+                          ({"min_p": -0.1}, "min_p -0.1"), ({"min_p": 1.1}, "min_p 1.1"), ({"temperature": 1.0, "seed": 1 << 63}, "--seed 9223372036854775808 must be a number of 64 bits")):
         with pytest.raises(ValueError, match=said):
             generate(model, PROMPTS, **options)
     with pytest.raises(ValueError, match="--timeout_seconds inf"):
