@@ -94,6 +94,20 @@ def test_a_cache_keeps_what_its_slots_hold_while_its_room_changes(world_of_one, 
     for longest, room in ((200, 256), (130, 256), (60, 64), (131, 192)):
         cache.begin_decode(torch.tensor([min(longest, 130), 5, 60]), longest)
         holds(room, most=60 if longest == 60 or room == 192 else 300)
+    assert cache.peak_bytes == 2 * 2 * 3 * 2 * 256 * d * dtype.itemsize      # when it had most room
+
+
+def test_a_cache_is_filled_to_its_last_position_and_no_further(world_of_one):
+    from llama_rlhf.models.attention import Rows
+    from llama_rlhf.models.kv_cache import KVCache
+    cache = KVCache(1, 2, 1, 70, 4, dtype=torch.float32, device="cpu")
+    cache.begin_prefill([0], Rows.packed([70]))
+    cache.begin_decode(torch.tensor([69, 3]), 69)
+    for begin, said in ((lambda: cache.begin_prefill([0], Rows.packed([2, 71])), "71 tokens does not fit the cache of 70"),
+                        (lambda: cache.begin_prefill([0], Rows.packed([1], behind=70)), "71 tokens"),
+                        (lambda: cache.begin_decode(torch.tensor([70, 3]), 70), "70 positions is full")):
+        with pytest.raises(ValueError, match=said):
+            begin()
 
 
 def test_a_model_is_imported_without_torch_s_compiler():
@@ -241,6 +255,7 @@ def test_gradients_of_norm_and_rotary_are_those_in_fp64(monkeypatch, dtype, tole
         pairs = [(y, wanted), (mine.grad, wide.grad)] + ([(norm.weight.grad, w.grad)] if name == "norm" else [])
         for got, expected in pairs:
             assert got.dtype == dtype and ((got - expected).square().mean().sqrt() / expected.abs().mean()) < tolerance, (name, dtype)
+        assert ours(mine[:0]).shape == (0, 3, 16) and ours(mine[:, :0]).shape == (1000, 0, 16)      # no tokens, no heads on this rank
         with torch.no_grad():       # scoring passes, by blocks; decoding, all at once
             assert torch.equal(ours(x), y), (name, dtype)
             assert torch.equal(ours(x[:7]), y[:7]), (name, dtype)
