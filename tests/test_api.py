@@ -251,6 +251,21 @@ def test_recorded_decode_steps_give_the_same_tokens(model, monkeypatch):
     assert set(shapes) >= {2, 4, 8, 13} and 16 not in shapes and len(shapes) < 15
 
 
+def test_steps_are_recorded_where_one_gpu_holds_a_model_without_experts():
+    from llama_rlhf.decode_graphs import records_steps
+    from llama_rlhf.models import PRESETS
+    dense, experts = PRESETS["smollm2-135m"], PRESETS["mixtral-8x7b"]
+    for device, tp, config, found in (("cuda", 1, dense, [True, True]), ("cuda", 2, dense, [False, True]), ("cuda", 1, experts, [False, "cannot be recorded"]),
+                                      ("cpu", 1, dense, [False, "is for CUDA"])):
+        with groups.pretend(tp, device=device):
+            assert records_steps("auto", config) is found[0] and not records_steps("never", config)
+            if found[1] is True:
+                assert records_steps("always", config)
+            else:
+                with pytest.raises(ValueError, match=found[1]):
+                    records_steps("always", config)
+
+
 def test_on_a_gpu_all_rows_are_tried_when_no_bound_is_given(model):
     """On a CPU free memory bounds them; there the allocation itself tells."""
     from llama_rlhf.parallel import groups

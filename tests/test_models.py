@@ -173,6 +173,16 @@ def test_every_form_of_attention_gives_the_same_values_and_gradients(world_of_on
             assert (a - b).abs().max() < 1e-5
 
 
+def test_attention_takes_a_gradient_that_is_one_number_in_memory(world_of_one):
+    """That of a plain sum: its strides are 0."""
+    from llama_rlhf.models.attention import Rows, packed_attention
+    torch.manual_seed(0)
+    inputs = [torch.randn(7, heads, 4, requires_grad=True) for heads in (4, 2, 2)]
+    out = packed_attention(*inputs, Rows.packed([3, 4]), None, None)
+    found, wanted = (torch.autograd.grad(out, inputs, ones, retain_graph=True) for ones in (torch.ones(1).expand_as(out), torch.ones_like(out)))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted))
+
+
 def test_the_places_of_rows_are_found_without_a_loop_over_them():
     """By hand; and in as many operations for 300 rows as for 3. (A plan, which runs each on tensors without storage, took half a minute for a loop's.)"""
     from torch.utils._python_dispatch import TorchDispatchMode
