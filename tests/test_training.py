@@ -329,6 +329,41 @@ def test_shares_of_the_optimizer_are_even_and_the_same_for_all_ranks_of_a_replic
     assert all(sum(mine) - min(mine) <= min(map(sum, owned)) for mine in owned) and sum(map(sum, owned)) == config.n_parameters
 
 
+def test_buckets_leave_in_one_order_whatever_order_backward_takes(monkeypatch):
+    """Ranks that sent them in different orders would add different parameters; three travel at a time at most; the sums are those of all."""
+    from llama_rlhf.parallel import gradients
+    sent, away = [], []
+
+    class Work:
+        def wait(self):
+            away.pop()
+
+    def reduce(flat, group, async_op):
+        sent.append(flat.numel())
+        flat.mul_(2)
+        away.append(1)
+        most.append(len(away))
+        return Work()
+
+    monkeypatch.setattr(gradients.dist, "all_reduce", reduce)
+    monkeypatch.setattr(gradients.groups, "dp_group", lambda: None)
+    monkeypatch.setattr(gradients, "BUCKET_BYTES", 28)
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 5, 2, 9, 1, 4)]
+    for order in ([5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5], [3, 0, 5], []):
+        grads, most = {p: torch.zeros_like(p) for p in parameters}, []
+        replicas = gradients.ReplicaSum(parameters, grads.get)
+        for step in (1, 2):
+            sent.clear()
+            for i in order:
+                grads[parameters[i]].fill_(i + step)
+                replicas.ready(parameters[i])
+            for i in {0, 1, 2, 3, 4, 5}.difference(order):
+                grads[parameters[i]].fill_(i + step)
+            replicas.finish()
+            assert sent == [4 + 1, 9, 2 + 5, 3] and not away and max(most) == 3
+            assert all((grads[p] == 2 * (i + step)).all() for i, p in enumerate(parameters))
+
+
 def sharded_sizes(folder, zero):
     from llama_rlhf.checkpoint.shards import load_model
     from llama_rlhf.parallel import groups
