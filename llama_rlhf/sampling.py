@@ -21,7 +21,7 @@ _CANDIDATES = 256       # tokens that top-p looks at first
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose. temperature 0 is greedy (ties: smallest id); filters are off by default, as reinforcement learning needs."""
+    """How to choose. temperature 0 is greedy (ties: smallest id); filters are off by default, as reinforcement learning needs, and keep all tokens that tie with the last."""
 
     temperature: float = 0.0
     top_k: int = 0              # keep the k most likely tokens; 0: all
