@@ -299,7 +299,7 @@ def main(
             raise ValueError(f"--replay {replay}: it was drawn at temperature {replayed.temperature}, not {temperature}")
         if replayed and replayed.bootstrapped != bootstrap_truncated:
             raise ValueError(f"--replay {replay}: it was drawn with{'' if replayed.bootstrapped else 'out'} --bootstrap_truncated, which its scores and values "
-                             f"follow: leave that flag {'as it was' if replayed.bootstrapped else 'out'}")
+                             f"follow: {'leave that flag out' if not replayed.bootstrapped else 'give that flag' if row.uses_critic else 'use --algorithm ppo, with that flag'}")
         if replayed and (row.uses_critic and replayed.values is None or kl_coef > 0 and replayed.ref_logprobs is None):
             raise ValueError(f"--replay {replay} lacks the {'critic' if row.uses_critic and replayed.values is None else 'reference'} that {algorithm} "
                              "needs here: it comes from a run without one. Use another --algorithm, or --kl_coef 0.")
@@ -324,6 +324,11 @@ def main(
     with groups.together("checking the data against the models"):
         for name, model in roles.all().items():
             check_vocabulary(tokenizer, model, name)
+        if replayed:
+            known = min(m.config.vocab_size for m in roles.all().values())
+            if (last := max(map(max, replayed.tokens))) >= known or max(map(len, replayed.tokens)) > longest:
+                raise ValueError(f"--replay {replay} was drawn by another model: it has {max(map(len, replayed.tokens))} tokens in a row, of at most {longest} here, "
+                                 f"and token {last}, of 0 to {known - 1} here. Give the model that drew it.")
         if max_seq_len > longest:
             raise ValueError(f"--max_seq_len {max_seq_len} is more than the models' {longest}")
         longest = longest if max_seq_len == -1 else max_seq_len

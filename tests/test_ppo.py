@@ -279,6 +279,14 @@ def test_a_saved_rollout_replays_to_the_same_update(toy, tmp_path):
     ok(ppo(toy, tmp_path / "large", replay=replay, **{**flags, "max_buffer_size": 8, "lr_schedule": "linear"}))
     small, large = (numbers(iterations(tmp_path / name)[-1]) for name in ("small", "large"))
     assert small == large and small["actor_steps"] == 4 and small["actor_lr"] > 0
+    for change, said, more in ((lambda drawn: drawn["tokens"][3].append(10 ** 6), "was drawn by another model: it has", {}),
+                               (lambda drawn: drawn["tokens"][3].extend([5] * 500), "of at most 64 here", {}),
+                               (lambda drawn: drawn.update(bootstrapped=True), "follow: give that flag", {}),
+                               (lambda drawn: drawn.update(bootstrapped=True), "follow: use --algorithm ppo, with that flag", {"algorithm": "reinforce++"})):
+        drawn = torch.load(replay, weights_only=True)
+        change(drawn)
+        torch.save(drawn, tmp_path / "changed.pt")
+        assert said in sentence(ppo(toy, tmp_path / "third", replay=tmp_path / "changed.pt", **{**flags, **more})), said
     (tmp_path / "noise.pt").write_bytes(random.Random(0).randbytes(500))
     assert "is not a rollout" in sentence(ppo(toy, tmp_path / "third", replay=tmp_path / "noise.pt", **flags))
 
