@@ -220,6 +220,18 @@ def test_two_nodes_by_torchrun_and_by_slurm(toys, scripts, tmp_path):
     assert "--cpus-per-task=32" in (bin_dir / "flags").read_text()
 
 
+def test_srun_asks_for_the_cores_of_a_task_only_where_the_job_did(tmp_path):
+    """A job of --cpus-per-gpu, or of whole nodes, got --cpus-per-task=1: the first is refused beside it, and of the second all processes of a node shared one core."""
+    for name, line in (("scontrol", "echo node-a"), ("srun", 'echo "$NPROC processes: $*"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    for variables, start in (({}, "8 processes: --kill-on-bad-exit=1 bash -c"), ({"SLURM_GPUS_ON_NODE": 4}, "4 processes: --kill-on-bad-exit=1 bash -c"),
+                             ({"SLURM_CPUS_PER_TASK": 32, "SLURM_GPUS_ON_NODE": 4, "NPROC": 2}, "2 processes: --kill-on-bad-exit=1 --cpus-per-task=32 bash -c")):
+        job = bash("two_nodes.sbatch", [sys.executable], f"{tmp_path}:", **variables, SLURM_SUBMIT_DIR=ROOT, SLURM_JOB_NODELIST="node-a", SLURM_JOB_ID=7, SLURM_JOB_NUM_NODES=2)
+        out, err = job.communicate(timeout=60)
+        assert job.returncode == 0 and out.startswith(start), out + err
+
+
 def test_export_for_transformers(toys, scripts, tmp_path):
     """Of a model without adapters, too, whose folder has them in its name: it was to be merged, and that was refused."""
     (tmp_path / "no-adapters").symlink_to(toys / "llama")
