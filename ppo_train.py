@@ -243,8 +243,8 @@ def main(
         cli.check_range(0, 1, warmup_ratio=warmup_ratio)
         if max_buffer_size % num_samples_per_prompt:
             raise ValueError(f"--max_buffer_size {max_buffer_size} is not a multiple of --num_samples_per_prompt {num_samples_per_prompt}")
-        if not temperature >= 1e-4:
-            raise ValueError(f"--temperature {temperature} must be at least 0.0001: a policy that never varies finds nothing")
+        if not 1e-4 <= temperature < math.inf:
+            raise ValueError(f"--temperature {temperature} must be a finite number of at least 0.0001: a policy that never varies finds nothing")
         for name, lr in (("actor_lr", actor_lr), ("critic_lr", critic_lr)):
             if lr != -1 and lr <= 0:
                 raise ValueError(f"--{name} {lr} must be positive, or -1 for the default")

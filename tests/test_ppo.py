@@ -452,7 +452,8 @@ def test_a_policy_that_only_ends_is_scored_too_short(toy, tmp_path):
 @pytest.mark.parametrize("flags,said", [
     ({"algorithm": "pppo"}, "did you mean 'ppo'"), ({"algorithm": "grpo", "num_samples_per_prompt": 1}, "must be at least 2"),
     ({"algorithm": "rloo", "critic_ckpt_dir": "HF"}, "has no critic"), ({"max_new_tokens": 80}, "prompts fit"),
-    ({"kl_coef": -0.5}, "--kl_coef -0.5"), ({"temperature": 0.0}, "--temperature 0.0"), ({"max_buffer_size": 9, "num_samples_per_prompt": 2}, "multiple"),
+    ({"kl_coef": -0.5}, "--kl_coef -0.5"), ({"temperature": 0.0}, "--temperature 0.0"), ({"temperature": float("inf")}, "--temperature inf must be"),
+    ({"max_buffer_size": 9, "num_samples_per_prompt": 2}, "multiple"),
     ({"rule_weight": 0.0}, "no reward"), ({"reward_model_ckpt_dir": "HF"}, "has no value head"), ({"rule": "Z"}, "--rule"),
     ({"minibatch_size": 99}, "--minibatch_size 99"), ({"actor_lr": 0.0}, "--actor_lr 0.0 must be positive"), ({"max_iterations": 0}, "--max_iterations 0"),
     ({"algorithm": "grpo", "critic_save_dir": "HF"}, "leave --critic_save_dir out"), ({"lora_rank": 0}, "--lora_rank 0"), ({"lora_rank": 2, "lora_alpha": 0.0}, "--lora_alpha 0"),
