@@ -53,7 +53,7 @@ class Validation:
         """Of verifier_train.py."""
         prompts, chosen = [], loss
         for file in map(at_home, filter(None, (train_file, label_file))):
-            records, n_faults = read_records(file, self.faults), len(self.faults)
+            records = read_records(file, self.faults)
             try:
                 kind, problems = judged_problems(records, seed=seed, faults=self.faults) if records else ("none", [])
             except ValueError as error:         # of the first record: it decides how the others are read
@@ -73,8 +73,6 @@ class Validation:
             examples = verifier_examples(problems, self.tokenizer, loss=chosen, max_seq_len=ANY_LENGTH, report=report, **self.options)
             self._lengths(file, "prompt and response", [(e.id, len(row), e.prompt_len) for e in examples for row in e.responses])
             self.notes.append(f"{file}: {kind}, loss {chosen}: {report}")
-            if len(self.faults) == n_faults and not examples:
-                self.faults.append(f"{file}: nothing to learn from: in no problem is one response better than another")
             if not prompts and examples:
                 self.text.append(f"the first example, the judged part in brackets:\n{show_judged(examples[0], self.tokenizer)}")
             if prompts:
