@@ -333,7 +333,7 @@ class JudgedReport:
         text = f"{self.problems} problems, {self.responses} responses, {judged}, {self.tokens} tokens; "
         text += f"{self.truncated} truncated, {self.duplicates} duplicates and {self.unpaired} problems without a pair left out"
         if self.alike:
-            text += f", {self.alike} pairs because their responses are the same tokens, as long as max_seq_len lets them be"
+            text += f", {self.alike} pairs whose responses are the same tokens up to max_seq_len"
         if not self.long_prompts:
             return text
         shown = ", ".join(self.long_prompts[:5]) + (", ..." if len(self.long_prompts) > 5 else "")

@@ -188,7 +188,7 @@ def test_pairs_that_are_the_same_tokens_once_cut_are_left_out_and_counted(tokeni
     report = JudgedReport()
     example, = verifier_examples(problems, tokenizer, loss="pairwise", max_seq_len=8, report=report)
     assert example.pairs == [(0, 2, None), (1, 2, None)] and (report.pairs, report.alike, report.unpaired) == (2, 2, 1)
-    assert "1 problems without a pair left out, 2 pairs because their responses are the same tokens, as long as max_seq_len lets them be" in str(report)
+    assert "1 problems without a pair left out, 2 pairs whose responses are the same tokens up to max_seq_len" in str(report)
     # a tokenizer may drop what two texts differ in: nothing was cut
     tokenizer._encode_parts = lambda parts: [ord(c) for text in parts for c in " ".join(text.split())]
     _, problems = judged({"instruction": "a", "chosen": "x  y", "rejected": "x y"})
