@@ -13,8 +13,7 @@ _GROWTH = 64        # positions
 
 
 def _words(x: torch.Tensor) -> torch.Tensor:
-    """x [.., d] -> [N, words]: the same memory, in words of 16 bytes where they divide it, because index_copy_ on a CPU moves a number at a time."""
-    x = x.reshape(-1, x.shape[-1])
+    """x [N, d] -> [N, words]: the same memory, in words of 16 bytes where they divide it, because index_copy_ on a CPU moves a number at a time."""
     return x.view(torch.complex128) if x.device.type == "cpu" and x.shape[-1] * x.itemsize % 16 == 0 else x
 
 
@@ -104,8 +103,9 @@ class KVCache:
         self._masks: dict[int | None, torch.Tensor] = {}
 
     def _store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """k, v: [T, Hkv, D] of the tokens that `_places` is about."""
         for cache, x in ((self.k[layer], k), (self.v[layer], v)):
-            _words(cache).index_copy_(0, self._places, _words(x))
+            _words(cache.view(-1, x.shape[2])).index_copy_(0, self._places, _words(x.reshape(-1, x.shape[2])))
 
     def _place(self, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """slots, positions: [T] -> [T Hkv]: where the heads of these tokens' keys, and values, stand among those of all slots, heads and positions."""
