@@ -210,6 +210,7 @@ def main(
     from llama_rlhf.roles import check_same_tokenizer, load_roles
     from llama_rlhf.rollout import Prompt, Reward, Rollout, RolloutSettings, collect, load_reward_function
     from llama_rlhf.runlog import Clock, PeakMemory, RunLog, check_tracker, peak_memory_gb
+    from llama_rlhf.sampling import LEAST_TEMPERATURE
     from llama_rlhf.tasks import choose_rule, get_task, source_of
     from llama_rlhf.tokenizer import check_vocabulary, load_tokenizer
     from llama_rlhf.trainer import Trainer, check_options
@@ -243,8 +244,8 @@ def main(
         cli.check_range(0, 1, warmup_ratio=warmup_ratio)
         if max_buffer_size % num_samples_per_prompt:
             raise ValueError(f"--max_buffer_size {max_buffer_size} is not a multiple of --num_samples_per_prompt {num_samples_per_prompt}")
-        if not 1e-4 <= temperature < math.inf:
-            raise ValueError(f"--temperature {temperature} must be a finite number of at least 0.0001: a policy that never varies finds nothing")
+        if not LEAST_TEMPERATURE <= temperature < math.inf:
+            raise ValueError(f"--temperature {temperature} must be a finite number of at least {LEAST_TEMPERATURE}: a policy that never varies finds nothing")
         for name, lr in (("actor_lr", actor_lr), ("critic_lr", critic_lr)):
             if lr != -1 and lr <= 0:
                 raise ValueError(f"--{name} {lr} must be positive, or -1 for the default")
@@ -325,9 +326,9 @@ def main(
         for name, model in roles.all().items():
             check_vocabulary(tokenizer, model, name)
         if replayed:
-            known = min(m.config.vocab_size for m in roles.all().values())
-            if (last := max(map(max, replayed.tokens))) >= known or max(map(len, replayed.tokens)) > longest:
-                raise ValueError(f"--replay {replay} was drawn by another model: it has {max(map(len, replayed.tokens))} tokens in a row, of at most {longest} here, "
+            known, last, most = min(m.config.vocab_size for m in roles.all().values()), max(map(max, replayed.tokens)), max(map(len, replayed.tokens))
+            if last >= known or most > longest:
+                raise ValueError(f"--replay {replay} was drawn by another model: it has {most} tokens in a row, of at most {longest} here, "
                                  f"and token {last}, of 0 to {known - 1} here. Give the model that drew it.")
         if max_seq_len > longest:
             raise ValueError(f"--max_seq_len {max_seq_len} is more than the models' {longest}")

@@ -105,7 +105,7 @@ def stream(model: LanguageModel, prompt, **options) -> Iterator[str]:
     for new, completed in generation.steps(model.model, [row], **options):
         for *_, token in new:
             text = growing.add(token)
-        ready = _before(model.tokenizer.decode(completed[0].tokens), ends) if completed else _settled(_before(text, ends), ends)
+        ready = _before(text, ends) if completed else _settled(_before(text, ends), ends)
         if len(ready) > len(shown):
             yield ready[len(shown):]
             shown = ready

@@ -16,6 +16,7 @@ from llama_rlhf.parallel import groups
 from llama_rlhf.parallel.layers import product
 from llama_rlhf.parallel.regions import all_gather, all_reduce_
 
+LEAST_TEMPERATURE = 1e-4
 _CANDIDATES = 256       # tokens that top-p looks at first
 
 
@@ -35,7 +36,7 @@ class Sampling:
         if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
             raise ValueError(f"sampling: temperature {self.temperature} and top_k {self.top_k} must be at least 0, "
                              f"top_p {self.top_p} in (0, 1], min_p {self.min_p} in [0, 1]")
-        if 0 < self.temperature < 1e-4 or math.isinf(self.temperature):
+        if 0 < self.temperature < LEAST_TEMPERATURE or math.isinf(self.temperature):
             raise ValueError(f"temperature {self.temperature:g}: logits divided by it leave the range of fp32. 0 takes the most likely token, 1 the model's probabilities")
 
 
